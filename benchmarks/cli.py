@@ -1,0 +1,139 @@
+"""The command line: measures, prints tables, writes results; or renders committed results."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rnnattn
+from benchmarks import digits, environment, lstm, plots, pooling, report
+from benchmarks.cases import DTYPES, SUITES, Case, LSTMCase, name
+from benchmarks.extras import optional
+from benchmarks.measure import MODES, Experiment, measure
+from benchmarks.render import render
+from benchmarks.results import ModelRow, Results, Row, write
+
+OPS = ("digits", "lstm", "attention_pool")
+BACKENDS = {"cpu": ("auto", "cpp"), "cuda": ("auto", "triton", "cuda")}
+SECONDS = {"quick": 2.0, "cpu": 4.0, "gpu": 1.0}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    p.add_argument("--suite", choices=("auto", *SUITES), default="auto", help="auto: gpu with CUDA, else quick")
+    p.add_argument("--op", choices=OPS, nargs="+", default=OPS, help="what to measure (all)")
+    p.add_argument("--dtype", choices=DTYPES, nargs="+", default=tuple(DTYPES), help="of the microbenchmarks (all)")
+    p.add_argument("--backend", choices=("auto", "cpp", "triton", "cuda"), nargs="+", help="(auto and all usable)")
+    p.add_argument("--filter", default="", metavar="REGEX", help="only cases whose name matches; see --list")
+    p.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    p.add_argument("--seconds", type=float, help="time for one case and pass (%(default)s: by suite)")
+    p.add_argument("--epochs", type=int, default=digits.EPOCHS, help="of training the digits model (%(default)s)")
+    p.add_argument("--out", type=Path, default=Path("results"), help="folder of the results (%(default)s)")
+    p.add_argument("--render", type=Path, metavar="FOLDER", help="rewrite plots and README from result files and stop")
+    p.add_argument("--readme", type=Path, default=Path("README.md"), help="of --render (%(default)s)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 1 where a check failed or a kernel raised or was wrong."""
+    options = parser().parse_args(argv)
+    if options.render:
+        print("\n".join(map(str, [*render(options.render, options.readme), options.readme])))
+        return 0
+    device = torch.device("cuda" if torch.cuda.is_available() and options.suite in ("auto", "gpu") else "cpu")
+    suite = ("gpu" if device.type == "cuda" else "quick") if options.suite == "auto" else options.suite
+    cases = [
+        case
+        for case in SUITES[suite]
+        if case.op in options.op and case.dtype in options.dtype and re.search(options.filter, name(case))
+    ]
+    if options.list:
+        print("\n".join(map(name, cases)))
+        return 0
+    if suite == "gpu" and device.type != "cuda":
+        raise SystemExit("--suite gpu: torch finds no CUDA device here")
+    with_digits = "digits" in options.op and re.search(options.filter, "digits") is not None
+    if not cases and not with_digits:
+        raise SystemExit("no case is left by --op, --dtype and --filter; --list shows the names")
+    seconds = SECONDS[suite] if options.seconds is None else options.seconds
+    console = report.new_console()
+    here = environment.collect(device)
+    console.print(str(here), highlight=False)
+    for warning in environment.warnings(device):
+        console.print(f"[yellow]{warning}")
+    backends = _usable(options.backend or BACKENDS[device.type], device, console)
+    model, rows = _measure(cases, with_digits, backends, device, seconds, options.epochs, console)
+    results = Results(here, rows, model)
+    report.show(results, console)
+    for path in [*write(results, options.out), *plots.draw(results, options.out)]:
+        console.print(f"wrote {path}", highlight=False)
+    return int(results.failed)
+
+
+def _measure(
+    cases: Sequence[Case],
+    with_digits: bool,
+    backends: Sequence[str],
+    device: torch.device,
+    seconds: float,
+    epochs: int,
+    console: Any,
+) -> tuple[list[ModelRow], list[Row]]:
+    """Everything there is to measure, under a progress bar."""
+    stages = (1 + len(backends)) * with_digits + len(MODES) * len(cases)
+    rows: list[Row] = []
+    with _progress(console) as progress:
+        task = progress.add_task("", total=stages)
+
+        def advance(stage: str) -> None:
+            progress.update(task, advance=1, description=stage)
+
+        model = digits.measure(backends, device, epochs, seconds, advance) if with_digits else []
+        for case in cases:
+            progress.update(task, description=name(case))
+            for mode, found in measure(case, _experiment(case, device), backends, seconds):
+                rows += found
+                advance(f"{name(case)} {mode}")
+    return model, rows
+
+
+def _experiment(case: Case, device: torch.device) -> Experiment:
+    return lstm.experiment(case, device) if isinstance(case, LSTMCase) else pooling.experiment(case, device)
+
+
+def _usable(backends: Sequence[str], device: torch.device, console: Any) -> list[str]:
+    """Those that can run one of the operations here, found by the smallest calls; says why not the others."""
+    modules = rnnattn.AttentionPool(1, device=device), rnnattn.LSTM(1, 1, device=device)
+    x = torch.zeros(1, 1, 1, device=device)
+    usable = []
+    for backend in backends:
+        reason = ""
+        for module in modules:
+            try:
+                with rnnattn.use_backend(backend), torch.no_grad():
+                    rnnattn.explain(module, x)
+                usable.append(backend)
+                break
+            except rnnattn.BackendError as error:
+                reason = str(error)
+        else:
+            console.print(f"[yellow]{backend} is left out: {reason}")
+    if not usable:
+        raise SystemExit(f"--backend: none of {', '.join(backends)} can run here")
+    return usable
+
+
+def _progress(console: Any) -> Any:
+    progress = optional("rich.progress")
+    return progress.Progress(
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("{task.description}"),
+        console=console,
+    )

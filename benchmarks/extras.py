@@ -1,0 +1,21 @@
+"""Optional packages of the benchmarks, imported where they are needed."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+PACKAGES = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+
+
+def optional(module: str) -> ModuleType:
+    """Imports a module of an optional package.
+
+    Raises:
+        SystemExit: the package is missing; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = PACKAGES[module.partition(".")[0]]
+        raise SystemExit(f"the benchmarks need {package} ({error}): pip install rnnattn[bench]") from error

@@ -1,0 +1,45 @@
+// The kernels of one instruction set as a table, and the choice of a table at run time.
+// Knows no torch.
+#pragma once
+
+#include <vector>
+
+#include "../attention_pool.h"
+#include "../lstm.h"
+
+namespace rnnattn {
+
+template <typename F>
+struct Kernels {
+  void (*lstm_forward)(const LstmForwardStep<F>&, int64_t b, int64_t begin, int64_t end);
+  void (*lstm_backward)(const LstmBackwardStep<F>&, int64_t b, int64_t begin, int64_t end);
+  void (*pool_dot)(const PoolTile<F>&, const F* v, F* s);
+  void (*pool_add)(const PoolTile<F>&, const F* weights, F* out);
+  void (*pool_softmax)(const PoolTile<F>&, const F* s, F* p, PoolState<F>&);
+  void (*pool_outer)(const PoolTile<F>&, const F* p, const F* g, const F* ds, const F* v, F* dx, int64_t dx_stride);
+  void (*additive_scores)(const AdditiveScores<F>&);
+  void (*additive_gradient)(const AdditiveGradient<F>&);
+};
+
+struct KernelTable {
+  const char* isa;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+// One per instruction set that was compiled (kernels.cpp).
+extern const KernelTable kernels_baseline;
+extern const KernelTable kernels_avx2;
+extern const KernelTable kernels_avx512;
+
+// The best table this machine can run, or the lower one that RNNATTN_CPU_ISA names; chosen once.
+const KernelTable& kernel_table();
+
+// The names of all compiled tables, usable here or not.
+std::vector<const char*> compiled_isas();
+
+template <typename F> const Kernels<F>& kernels();
+template <> inline const Kernels<float>& kernels<float>() { return kernel_table().f32; }
+template <> inline const Kernels<double>& kernels<double>() { return kernel_table().f64; }
+
+}  // namespace rnnattn

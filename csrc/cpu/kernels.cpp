@@ -1,0 +1,26 @@
+// Compiled once per instruction set, with -DRNNATTN_ISA=baseline|avx2|avx512 and its flags.
+#include "attention_pool_kernel.h"
+#include "isa.h"
+#include "lstm_kernel.h"
+
+#define RNNATTN_CONCAT_(a, b) a##b
+#define RNNATTN_CONCAT(a, b) RNNATTN_CONCAT_(a, b)
+#define RNNATTN_TEXT_(a) #a
+#define RNNATTN_TEXT(a) RNNATTN_TEXT_(a)
+
+namespace {
+
+template <typename F>
+constexpr rnnattn::Kernels<F> table() {
+  return {lstm_forward<F>, lstm_backward<F>, pool_dot<F>,           pool_add<F>,
+          pool_softmax<F>, pool_outer<F>,    additive_scores<F>, additive_gradient<F>};
+}
+
+}  // namespace
+
+namespace rnnattn {
+
+extern const KernelTable RNNATTN_CONCAT(kernels_, RNNATTN_ISA);
+const KernelTable RNNATTN_CONCAT(kernels_, RNNATTN_ISA) = {RNNATTN_TEXT(RNNATTN_ISA), table<float>(), table<double>()};
+
+}  // namespace rnnattn

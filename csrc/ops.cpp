@@ -1,0 +1,22 @@
+// The schemas of the compiled operators, once; shapes and meaning are those of the functions of the
+// same name in rnnattn/reference. The kernels register themselves from csrc/cpu and csrc/cuda.
+#include <torch/library.h>
+
+#include "cuda/schemas.h"
+
+TORCH_LIBRARY(rnnattn_native, m) {
+  m.def(
+      "lstm_layer_forward(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? lengths, bool has_biases, "
+      "str direction, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
+  m.def(
+      "lstm_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, "
+      "Tensor[] weights, Tensor? lengths, Tensor y, Tensor gates, Tensor cells, bool has_biases, str direction, "
+      "bool needs_dx, bool needs_dweights) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+  m.def(
+      "attention_pool_forward(Tensor x, Tensor v, Tensor? w, Tensor? b, Tensor? lengths, Tensor? mask, "
+      "bool need_weights) -> (Tensor pooled, Tensor weights, Tensor lse)");
+  m.def(
+      "attention_pool_backward(Tensor? d_pooled, Tensor? d_weights, Tensor x, Tensor v, Tensor? w, Tensor? b, "
+      "Tensor? lengths, Tensor? mask, Tensor pooled, Tensor lse) -> (Tensor dx, Tensor dv, Tensor dw, Tensor db)");
+  for (const char* schema : rnnattn::kCudaSchemas) m.def(schema);
+}

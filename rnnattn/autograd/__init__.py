@@ -1,0 +1,10 @@
+"""One custom operator pair and one autograd Function per operation.
+
+The operators (`torch.ops.rnnattn.*`) have fakes, so that torch.compile and torch.export see one
+opaque node per operation; the Functions tell autograd how forward and backward belong together.
+"""
+
+from rnnattn.autograd.attention_pool import attention_pool
+from rnnattn.autograd.lstm import lstm_layer
+
+__all__ = ["attention_pool", "lstm_layer"]

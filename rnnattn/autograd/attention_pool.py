@@ -1,0 +1,111 @@
+"""The operation `rnnattn::attention_pool`: softmax attention pooling over a sequence.
+
+Shapes and equations: `rnnattn.reference.attention_pool`. The weights p are written only on request.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from rnnattn import backends
+from rnnattn.reference.lstm import accumulation_dtype
+
+torch.library.define(
+    "rnnattn::attention_pool",
+    "(Tensor x, Tensor v, Tensor? w, Tensor? b, Tensor? lengths, Tensor? mask, bool need_weights, "
+    "str backend) -> (Tensor pooled, Tensor weights, Tensor lse)",
+)
+torch.library.define(
+    "rnnattn::attention_pool_backward",
+    "(Tensor? d_pooled, Tensor? d_weights, Tensor x, Tensor v, Tensor? w, Tensor? b, "
+    "Tensor? lengths, Tensor? mask, Tensor pooled, Tensor lse, str backend) "
+    "-> (Tensor dx, Tensor dv, Tensor dw, Tensor db)",
+)
+
+
+@torch.library.impl("rnnattn::attention_pool", "CompositeExplicitAutograd")
+def _forward(x, v, w, b, lengths, mask, need_weights, backend):  # type: ignore[no-untyped-def]
+    pooled, weights, lse = backends.get(backend).attention_pool_forward(
+        x, v, w, b, lengths, mask, need_weights
+    )
+    return pooled, weights if need_weights else x.new_empty(0), lse
+
+
+@torch.library.register_fake("rnnattn::attention_pool")
+def _forward_fake(x, v, w, b, lengths, mask, need_weights, backend):  # type: ignore[no-untyped-def]
+    B, T, D = x.shape
+    weights = x.new_empty((B, T) if need_weights else 0)
+    return x.new_empty(B, D), weights, x.new_empty(B, dtype=accumulation_dtype(x.dtype))
+
+
+@torch.library.impl("rnnattn::attention_pool_backward", "CompositeExplicitAutograd")
+def _backward(d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse, backend):  # type: ignore[no-untyped-def]
+    dx, dv, dw, db = backends.get(backend).attention_pool_backward(
+        d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse
+    )
+    return dx, dv, x.new_empty(0) if dw is None else dw, x.new_empty(0) if db is None else db
+
+
+@torch.library.register_fake("rnnattn::attention_pool_backward")
+def _backward_fake(d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse, backend):  # type: ignore[no-untyped-def]
+    dw, db = (x.new_empty(0 if p is None else p.shape) for p in (w, b))
+    return x.new_empty(x.shape), x.new_empty(v.shape), dw, db
+
+
+class AttentionPooling(torch.autograd.Function):
+    """forward(x, v, w, b, lengths, mask, need_weights, backend)."""
+
+    @staticmethod
+    def forward(x, v, w, b, lengths, mask, need_weights, backend):  # type: ignore[no-untyped-def, override]
+        return torch.ops.rnnattn.attention_pool(x, v, w, b, lengths, mask, need_weights, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, v, w, b, lengths, mask, need_weights, backend = inputs
+        pooled, _, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, v, w, b, lengths, mask, pooled, lse)
+        ctx.need_weights, ctx.backend = need_weights, backend
+
+    @staticmethod
+    def backward(ctx: Any, d_pooled, d_weights, _dlse):  # type: ignore[no-untyped-def, override]
+        x, v, w, b, lengths, mask, pooled, lse = ctx.saved_tensors
+        dx, dv, dw, db = torch.ops.rnnattn.attention_pool_backward(
+            d_pooled, d_weights if ctx.need_weights else None, x, v, w, b, lengths, mask, pooled, lse, ctx.backend
+        )
+        return dx, dv, None if w is None else dw, None if b is None else db, None, None, None, None
+
+
+def _no_double_backward(ctx: Any, *gradients: Any) -> NoReturn:
+    raise NotImplementedError("rnnattn: attention_pool has no double backward (a gradient of its gradients)")
+
+
+# The operators called directly (an exported graph, opcheck) differentiate by the same rule.
+torch.library.register_autograd(
+    "rnnattn::attention_pool", AttentionPooling.backward, setup_context=AttentionPooling.setup_context
+)
+torch.library.register_autograd("rnnattn::attention_pool_backward", _no_double_backward)
+
+
+def attention_pool(
+    x: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    need_weights: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """pooled and, on request, the weights; shapes in `rnnattn.reference.attention_pool_forward`."""
+    arguments = (x, v, w, b, lengths, mask, need_weights, backend)
+    differentiable = any(p is not None and p.requires_grad for p in (x, v, w, b))
+    if torch.is_grad_enabled() and differentiable:
+        pooled, weights, _ = AttentionPooling.apply(*arguments)
+    else:
+        pooled, weights, _ = torch.ops.rnnattn.attention_pool(*arguments)
+    return pooled, weights if need_weights else None

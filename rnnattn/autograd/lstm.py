@@ -1,0 +1,162 @@
+"""The operation `rnnattn::lstm_layer`: one LSTM layer over a sequence, in one or both directions.
+
+Shapes and equations: `rnnattn.reference.lstm`. The operator's contract is the whole layer, so that
+a backend decides by itself where the input product goes and what one launch covers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from rnnattn import backends
+from rnnattn.reference import DIRECTIONS, split_weights
+from rnnattn.reference.lstm import accumulation_dtype
+
+torch.library.define(
+    "rnnattn::lstm_layer",
+    "(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? lengths, bool has_biases, "
+    "str direction, bool save, str backend) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
+)
+torch.library.define(
+    "rnnattn::lstm_layer_backward",
+    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, Tensor[] weights, "
+    "Tensor? lengths, Tensor y, Tensor gates, Tensor cells, bool has_biases, str direction, "
+    "bool needs_dx, bool needs_dweights, str backend) "
+    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)",
+)
+
+
+@torch.library.impl("rnnattn::lstm_layer", "CompositeExplicitAutograd")
+def _forward(x, h0, c0, weights, lengths, has_biases, direction, save, backend):  # type: ignore[no-untyped-def]
+    y, h_n, c_n, gates, cells = backends.get(backend).lstm_layer_forward(
+        x, h0, c0, weights, lengths, has_biases, direction, save
+    )
+    return (y, h_n, c_n, gates, cells) if save else (y, h_n, c_n, x.new_empty(0), x.new_empty(0))
+
+
+@torch.library.register_fake("rnnattn::lstm_layer")
+def _forward_fake(x, h0, c0, weights, lengths, has_biases, direction, save, backend):  # type: ignore[no-untyped-def]
+    T, B, _ = x.shape
+    (K, _, R), H = h0.shape, c0.shape[-1]
+    y, h_n, c_n = x.new_empty(T, B, K * R), x.new_empty(K, B, R), x.new_empty(K, B, H)
+    if not save:
+        return y, h_n, c_n, x.new_empty(0), x.new_empty(0)
+    cells = x.new_empty(K, T, B, H, dtype=accumulation_dtype(x.dtype))
+    return y, h_n, c_n, x.new_empty(K, T, B, 4 * H), cells
+
+
+@torch.library.impl("rnnattn::lstm_layer_backward", "CompositeExplicitAutograd")
+def _backward(  # type: ignore[no-untyped-def]
+    dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction,
+    needs_dx, needs_dweights, backend,
+):  # fmt: skip
+    dx, dh0, dc0, dweights = backends.get(backend).lstm_layer_backward(
+        dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction,
+        needs_dx, needs_dweights,
+    )  # fmt: skip
+    return dx if needs_dx else x.new_empty(0), dh0, dc0, dweights if needs_dweights else []
+
+
+@torch.library.register_fake("rnnattn::lstm_layer_backward")
+def _backward_fake(  # type: ignore[no-untyped-def]
+    dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction,
+    needs_dx, needs_dweights, backend,
+):  # fmt: skip
+    dweights = []
+    if needs_dweights:
+        for w in split_weights(weights, has_biases, len(DIRECTIONS[direction])):
+            grown = [w.w_ih, w.w_hh, w.b_ih, w.w_hr]
+            dweights += [x.new_empty(p.shape) for p in grown if p is not None]
+    dx = x.new_empty(x.shape if needs_dx else 0)
+    return dx, x.new_empty(h0.shape), x.new_empty(c0.shape), dweights
+
+
+class LSTMLayer(torch.autograd.Function):
+    """forward(x, h0, c0, lengths, has_biases, direction, backend, *weights)."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def, override]
+        x, h0, c0, lengths, has_biases, direction, backend, *weights
+    ):
+        return torch.ops.rnnattn.lstm_layer(
+            x, h0, c0, list(weights), lengths, has_biases, direction, True, backend
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, h0, c0, lengths, has_biases, direction, backend, *weights = inputs
+        y, _, _, gates, cells = output
+        ctx.mark_non_differentiable(gates, cells)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h0, c0, lengths, y, gates, cells, *weights)
+        ctx.settings = has_biases, direction, backend
+
+    @staticmethod
+    def backward(ctx: Any, dy, dh_n, dc_n, _dgates, _dcells):  # type: ignore[no-untyped-def, override]
+        needs = ctx.needs_input_grad
+        gradients = _gradients(ctx, dy, dh_n, dc_n, needs[0], any(needs[7:]))
+        return *gradients[:3], None, None, None, None, *gradients[3]
+
+
+def _gradients(  # type: ignore[no-untyped-def]
+    ctx: Any, dy, dh_n, dc_n, needs_dx: bool, needs_dweights: bool
+) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor | None]]:
+    """dx, dh0, dc0 and one gradient per weight (both biases share theirs)."""
+    x, h0, c0, lengths, y, gates, cells, *weights = ctx.saved_tensors
+    has_biases, direction, backend = ctx.settings
+    dx, dh0, dc0, dweights = torch.ops.rnnattn.lstm_layer_backward(
+        dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction,
+        needs_dx, needs_dweights, backend,
+    )  # fmt: skip
+    if not needs_dweights:
+        return dx if needs_dx else None, dh0, dc0, [None] * len(weights)
+    if has_biases:
+        per_direction = len(dweights) // len(DIRECTIONS[direction])
+        starts = range(0, len(dweights), per_direction)
+        dweights = [d for s in starts for d in (*dweights[s : s + 3], *dweights[s + 2 : s + per_direction])]
+    return dx if needs_dx else None, dh0, dc0, list(dweights)
+
+
+# The operators called directly (an exported graph, opcheck) differentiate by the same rule.
+def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, h0, c0, weights, lengths, has_biases, direction, save, backend = inputs
+    if not save:
+        raise RuntimeError("rnnattn::lstm_layer: gradients need save=True, got save=False")
+    LSTMLayer.setup_context(ctx, (x, h0, c0, lengths, has_biases, direction, backend, *weights), output)
+
+
+def _op_backward(ctx: Any, dy, dh_n, dc_n, _dgates, _dcells):  # type: ignore[no-untyped-def]
+    dx, dh0, dc0, dweights = _gradients(ctx, dy, dh_n, dc_n, ctx.needs_input_grad[0], True)
+    return dx, dh0, dc0, dweights, None, None, None, None, None
+
+
+def _no_double_backward(ctx: Any, *gradients: Any) -> NoReturn:
+    raise NotImplementedError("rnnattn: lstm_layer has no double backward (a gradient of its gradients)")
+
+
+torch.library.register_autograd("rnnattn::lstm_layer", _op_backward, setup_context=_setup_op_context)
+torch.library.register_autograd("rnnattn::lstm_layer_backward", _no_double_backward)
+
+
+def lstm_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    has_biases: bool,
+    direction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, h_n, c_n of one layer; see `rnnattn.reference.lstm_layer_forward` for the shapes."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, c0, *weights)):
+        y, h_n, c_n, _, _ = LSTMLayer.apply(x, h0, c0, lengths, has_biases, direction, backend, *weights)
+    else:
+        y, h_n, c_n, _, _ = torch.ops.rnnattn.lstm_layer(
+            x, h0, c0, weights, lengths, has_biases, direction, False, backend
+        )
+    return y, h_n, c_n

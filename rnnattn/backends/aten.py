@@ -1,0 +1,110 @@
+"""torch's own kernels (oneDNN, cuDNN) as a backend: taken where they measured faster.
+
+Unlike the others it covers a whole stack of layers and leaves autograd to torch, so it offers
+`lstm` and `attention_pool` instead of the operations of one layer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from rnnattn.backends.base import Backend, Call
+from rnnattn.reference import valid_steps
+from rnnattn.reference.attention_pool import kept_steps
+
+
+class Torch(Backend):
+    name = "torch"
+
+    def unsupported(self, call: Call) -> str | None:
+        if call.op == "lstm" and call.compiling:
+            return "torch.compile unrolls torch's own LSTM over time"
+        if call.op == "lstm" and call.B == 0:
+            return "torch's own LSTM refuses an empty batch in some builds"
+        return None
+
+    def kernel(self, call: Call) -> str:
+        if call.op == "attention_pool":
+            return "eager scores, masked softmax and bmm"
+        return cudnn_branch(call) if call.device == "cuda" else cpu_kernel(call)
+
+    def lstm(
+        self,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        weights: list[Tensor],
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        training: bool,
+        bidirectional: bool,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A stack of layers; x [T, B, I], h0 [L * K, B, R], c0 [L * K, B, H]."""
+        # cuDNN's backward wants training mode; without dropout the two modes compute the same.
+        training = training or (dropout == 0 and torch.is_grad_enabled())
+        settings = (has_biases, num_layers, dropout, training, bidirectional)
+        if lengths is None:
+            return torch._VF.lstm(x, (h0, c0), weights, *settings, False)  # type: ignore[attr-defined, no-any-return]
+        # torch packs no empty row: such a row runs one step that is then discarded.
+        packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
+        order, back = packed.sorted_indices, packed.unsorted_indices
+        assert order is not None and back is not None
+        h, c = h0.index_select(1, order), c0.index_select(1, order)
+        data, h_n, c_n = torch._VF.lstm(packed.data, packed.batch_sizes, (h, c), weights, *settings)  # type: ignore[attr-defined]
+        y, _ = pad_packed_sequence(
+            PackedSequence(data, packed.batch_sizes, order, back), total_length=x.shape[0]
+        )
+        empty = (lengths == 0)[None, :, None]
+        y = torch.where(valid_steps(lengths, x.shape[0])[..., None], y, 0)
+        h_n = torch.where(empty, h0, h_n.index_select(1, back))
+        return y, h_n, torch.where(empty, c0, c_n.index_select(1, back))
+
+    def attention_pool(
+        self,
+        x: Tensor,
+        v: Tensor,
+        w: Tensor | None,
+        b: Tensor | None,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """pooled [B, D] and weights [B, T] in the form most user code has."""
+        scores = x @ v if w is None else torch.tanh(F.linear(x, w, b)) @ v
+        keep = kept_steps(x, lengths, mask)
+        if keep is None:
+            p = scores.softmax(1)
+        else:
+            p = torch.where(keep.any(1, keepdim=True), scores.masked_fill(~keep, -torch.inf).softmax(1), 0)
+        return torch.bmm(p[:, None], x)[:, 0], p
+
+
+def cpu_kernel(call: Call) -> str:
+    """What at::lstm runs on a CPU (aten/src/ATen/native/RNN.cpp, use_mkldnn)."""
+    onednn = (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and call.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and not call.projection
+        and not call.ragged
+    )
+    return "oneDNN LSTM" if onednn else "ATen LSTM (a GEMM and pointwise kernels per step)"
+
+
+def cudnn_branch(call: Call) -> str:
+    """The algorithm torch picks for cuDNN (aten/src/ATen/native/cudnn/RNN.cpp, get_algo)."""
+    H, persistent_fits = call.hidden, call.B % 8 == 0 and call.B <= 128
+    if not torch.backends.cudnn.is_available() or not torch.backends.cudnn.enabled:
+        return "ATen LSTM with fused cells"
+    if call.projection or call.ragged:
+        return "cuDNN STANDARD"
+    if call.dtype != torch.float64 and H <= (128 if call.grad else 192):
+        return "cuDNN PERSIST_STATIC_SMALL_H"
+    fp16_single = call.dtype == torch.float16 and call.layers == 1 and call.directions == 1
+    if fp16_single and H <= 1024 and H % 128 == 0 and call.features % 128 == 0 and persistent_fits:
+        return "cuDNN PERSIST_STATIC"
+    return "cuDNN STANDARD"

@@ -1,0 +1,117 @@
+"""What a backend is: the operations it offers, and its word on where it can run them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run here, or cannot run this call."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of a call before it runs; `select` and `explain` decide from this alone.
+
+    op is "lstm" or "attention_pool"; hidden is H (lstm) or A (additive pooling, 0 for linear);
+    features is I or D.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    B: int
+    T: int
+    features: int
+    hidden: int
+    layers: int = 1
+    directions: int = 1
+    projection: int = 0
+    ragged: bool = False
+    grad: bool = False
+    compiling: bool = False
+
+
+class Backend:
+    """Base of all backends. Every tensor an operation returns is contiguous and owned by the caller.
+
+    Shapes and meaning of arguments and results are those of the functions of the same name in
+    `rnnattn.reference`; `save`, `needs_*` and `need_weights` allow None for what is not wanted.
+    """
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run anything on this machine, or None."""
+        return None
+
+    def unsupported(self, call: Call) -> str | None:
+        """Why this backend cannot run this call, or None."""
+        raise NotImplementedError
+
+    def kernel(self, call: Call) -> str:
+        """The kernel that would run this call, in words."""
+        return self.name
+
+    def lstm_layer_forward(
+        self,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        weights: list[Tensor],
+        lengths: Tensor | None,
+        has_biases: bool,
+        direction: str,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        raise NotImplementedError
+
+    def lstm_layer_backward(
+        self,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        weights: list[Tensor],
+        lengths: Tensor | None,
+        y: Tensor,
+        gates: Tensor,
+        cells: Tensor,
+        has_biases: bool,
+        direction: str,
+        needs_dx: bool,
+        needs_dweights: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor] | None]:
+        raise NotImplementedError
+
+    def attention_pool_forward(
+        self,
+        x: Tensor,
+        v: Tensor,
+        w: Tensor | None,
+        b: Tensor | None,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        raise NotImplementedError
+
+    def attention_pool_backward(
+        self,
+        d_pooled: Tensor | None,
+        d_weights: Tensor | None,
+        x: Tensor,
+        v: Tensor,
+        w: Tensor | None,
+        b: Tensor | None,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        pooled: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        raise NotImplementedError

@@ -1,0 +1,71 @@
+"""The C++ kernels of the compiled extension, on a CPU."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from rnnattn.backends.base import Backend, BackendError, Call
+from rnnattn.backends.reference import FLOATING
+
+BUILD_COMMAND = (
+    "pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall rnnattn "
+    "(from a checkout: . instead of rnnattn)"
+)
+
+
+@functools.cache
+def extension_error() -> str | None:
+    """Loads the compiled extension; why it cannot be loaded, or None."""
+    try:
+        import rnnattn._C  # noqa: F401
+    except ImportError as error:
+        return f"the compiled extension rnnattn._C is not usable ({error}); build it with: {BUILD_COMMAND}"
+    return None
+
+
+@functools.cache
+def native() -> Any:
+    """The operators of the compiled extension, loaded."""
+    error = extension_error()
+    if error:
+        raise BackendError(error)
+    return torch.ops.rnnattn_native
+
+
+def build_info() -> dict[str, object]:
+    """Compiler, flags, instruction sets and CUDA architectures of the compiled extension."""
+    from rnnattn import _C
+
+    return dict(_C.build_info())
+
+
+class Cpp(Backend):
+    name = "cpp"
+
+    def unavailable(self) -> str | None:
+        return extension_error()
+
+    def unsupported(self, call: Call) -> str | None:
+        if call.device != "cpu":
+            return f"its kernels run on a CPU, the tensors are on {call.device}"
+        return None if call.dtype in FLOATING else f"dtype {call.dtype} is not a floating type"
+
+    def kernel(self, call: Call) -> str:
+        return f"C++ kernels ({build_info()['isa']})"
+
+    def lstm_layer_forward(self, x, h0, c0, weights, lengths, has_biases, direction, save):  # type: ignore[no-untyped-def]
+        return native().lstm_layer_forward(
+            x, h0, c0, weights, lengths, has_biases, direction, save
+        )
+
+    def lstm_layer_backward(self, *arguments):  # type: ignore[no-untyped-def]
+        return native().lstm_layer_backward(*arguments)
+
+    def attention_pool_forward(self, *arguments):  # type: ignore[no-untyped-def]
+        return native().attention_pool_forward(*arguments)
+
+    def attention_pool_backward(self, *arguments):  # type: ignore[no-untyped-def]
+        return native().attention_pool_backward(*arguments)

@@ -1,0 +1,41 @@
+"""The reference equations as a backend: any device, any floating dtype, no speed claimed."""
+
+from __future__ import annotations
+
+import torch
+
+from rnnattn import reference
+from rnnattn.backends.base import Backend, Call
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Reference(Backend):
+    name = "reference"
+
+    def unsupported(self, call: Call) -> str | None:
+        return None if call.dtype in FLOATING else f"dtype {call.dtype} is not a floating type"
+
+    def kernel(self, call: Call) -> str:
+        return "plain PyTorch equations, one Python step per time step"
+
+    def lstm_layer_forward(self, x, h0, c0, weights, lengths, has_biases, direction, save):  # type: ignore[no-untyped-def]
+        return reference.lstm_layer_forward(x, h0, c0, weights, lengths, has_biases, direction)
+
+    def lstm_layer_backward(  # type: ignore[no-untyped-def]
+        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction,
+        needs_dx, needs_dweights,
+    ):  # fmt: skip
+        return reference.lstm_layer_backward(
+            dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction
+        )
+
+    def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]
+        return reference.attention_pool_forward(x, v, w, b, lengths, mask)
+
+    def attention_pool_backward(  # type: ignore[no-untyped-def]
+        self, d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse
+    ):
+        return reference.attention_pool_backward(
+            d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse
+        )

@@ -1,0 +1,91 @@
+"""What holds for every test: where kernels run, poisoned memory, seeds, and what may not be skipped."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+# Before anything imports triton: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it in deterministic mode
+
+import rnnattn
+from rnnattn import backends
+
+REQUIRED = [name for name in os.environ.get("RNNATTN_REQUIRE", "").split(",") if name]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `backend` runs on every backend with operations of its own; a module's OWN
+    narrows them. `unavailable` ones show as skipped, with the reason."""
+    if "backend" not in metafunc.fixturenames or any("backend" in m.args[0] for m in metafunc.definition.iter_markers("parametrize")):
+        return
+    names = getattr(metafunc.module, "BACKENDS", ("reference", "cpp", "triton", "cuda"))
+    metafunc.parametrize("backend", [backend_parameter(name) for name in names])
+
+
+def backend_parameter(name: str) -> Any:
+    reason = backends.unavailable(name)
+    marks = [] if reason is None else [pytest.mark.skip(reason=f"backend {name}: {reason}")]
+    return pytest.param(name, marks=marks)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fills what torch.empty (at::empty in C++ too) allocates with NaN, so that an unwritten element shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(3)).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """The same random numbers and the default backend for every test, whatever ran before."""
+    torch.manual_seed(0)
+    with rnnattn.use_backend("auto"):
+        yield
+
+
+def _required(nodeid: str) -> str | None:
+    return next((name for name in REQUIRED if name in nodeid), None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With RNNATTN_REQUIRE=cpp,triton a skipped test of those backends is a failure."""
+    report = yield
+    name = _required(item.nodeid)
+    if report.skipped and name and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"RNNATTN_REQUIRE={name} forbids to skip this test: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same for a whole file that skips itself."""
+    report = yield
+    name = _required(collector.nodeid)
+    if report.skipped and name:
+        report.outcome, report.longrepr = "failed", f"RNNATTN_REQUIRE={name} forbids to skip this file: {report.longrepr}"
+    return report
+
+
+@pytest.fixture
+def no_fallback() -> Iterator[None]:
+    """rnnattn's fallback warning is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="rnnattn:")
+        yield

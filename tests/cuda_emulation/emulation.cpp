@@ -1,0 +1,10 @@
+// The CUDA sources as CPU operators, torch.ops.rnnattn_cuda_emulation.*
+#define RNNATTN_EMULATE_CUDA
+#include "lstm_cell.cu"
+//
+#include "attention_pool.cu"
+#include "schemas.h"
+
+STABLE_TORCH_LIBRARY(rnnattn_cuda_emulation, m) {
+  for (const char* schema : rnnattn::cuda::kCudaSchemas) m.def(schema);
+}

@@ -1,0 +1,192 @@
+"""The CUDA sources on a machine without a GPU: they compile, do not spill, and compute the right numbers.
+
+The numbers come from an emulation (tests/cuda_emulation): the same sources, launchers and checks
+included, compiled for the CPU with every CUDA thread a fiber. It proves arithmetic, indexing and
+barriers; memory ordering, tensor core rounding and speed need a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import BF16, F16, F32, F64, LSTM_CASES, POOL_CASES, SHORT, Case, LSTMCase, PoolCase, strided, truth
+from tolerances import assert_close
+from torch import Tensor
+
+from rnnattn import backends
+from rnnattn.backends import pool_gemms
+from rnnattn.backends.base import Call
+from rnnattn.backends.cuda import Cuda, runs_on
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+TORCH = Path(torch.__file__).parent
+ARCHITECTURES = (80, 90)
+DTYPES = (F32, BF16, F16)
+
+EXTRA_CASES = [
+    LSTMCase(5, 3, 4, 260, "H above one block of units", lengths=(3, 1, 0, 2, 3)),
+    PoolCase(2, 300, 24, 0, "time split into parts of several tiles", lengths=(300, 70)),
+    PoolCase(2, 100, 8, 20, "time split, additive, a part without a kept step", lengths=(33, 100)),
+    PoolCase(2, 34, 1032, 0, "D above one block of columns, one element at a time in fp32's case too", mask="holes"),
+    PoolCase(1, 3, 2056, 0, "D above one block of 16-bit vectors"),
+    PoolCase(2, 37, 72, 136, "several tiles of D and of A, vectors", lengths=(37, 20)),
+    PoolCase(1, 3, 5, 1030, "A above one block of columns"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", sorted(p.name for p in SOURCES.glob("*.cu")))
+def test_compiles_without_warnings_or_spills(source: str, tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on the PATH")
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    command = [nvcc, "-std=c++20", "-O3", "-DUSE_CUDA", *targets, "-Werror=all-warnings", "-Xptxas=-v"]
+    command += ["--compiler-options=-fPIC,-Wall,-Wextra,-Werror", "-isystem", str(TORCH / "include"), "-c"]
+    done = subprocess.run([*command, str(SOURCES / source), "-o", str(tmp_path / "o")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    usage = resource_usage(done.stdout + done.stderr)
+    for name, architecture, registers, shared, spilled in usage:
+        print(f"{architecture} {registers:4} registers {shared:6} B shared {spilled:3} B spilled  {name}")
+    assert len(usage) >= 6 * len(ARCHITECTURES), "ptxas reported fewer kernels than there are"
+    assert "spill stores" in done.stdout + done.stderr
+    assert not [row for row in usage if row[-1] > 0]
+
+
+def resource_usage(log: str) -> list[tuple[str, str, int, int, int]]:
+    """(kernel, architecture, registers, bytes of shared memory, bytes of spill stores) from ptxas -v."""
+    rows = []
+    for entry in log.split("Compiling entry function ")[1:]:
+        mangled, architecture = re.findall(r"'(\S+)' for '(\w+)'", entry)[0]
+        registers, shared, spilled = (
+            int((re.findall(pattern, entry) or ["0"])[0])
+            for pattern in (r"Used (\d+) registers", r"(\d+) bytes smem", r"(\d+) bytes spill stores")
+        )
+        name = re.sub(r"^_ZN7rnnattn4cuda\d+|E?EvNS.*$", "", mangled)
+        rows.append((name, architecture, registers, shared, spilled))
+    return rows
+
+
+@pytest.mark.parametrize("path", sorted(SOURCES.iterdir()), ids=lambda p: p.name)
+def test_device_code_knows_no_torch(path: Path) -> None:
+    """Device code includes CUDA's headers, launchers torch's stable ones; either compiles in seconds."""
+    included = re.findall(r"#include [<\"](\S+)[>\"]", path.read_text())
+    foreign = [name for name in included if name.startswith(("ATen", "c10", "torch"))]
+    if path.name == "launch.h":
+        assert [name for name in foreign if not re.match(r"torch/csrc/(stable|inductor/aoti_torch/c)/", name)] == []
+    else:
+        assert foreign == []
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The sources as CPU operators."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not on the PATH")
+    build = tmp_path_factory.mktemp("cuda_emulation")
+    for header in ("cuda_bf16.h", "cuda_fp16.h", "mma.h"):
+        (build / header).write_text('#include "emulation.h"\n')
+    emulation = Path(__file__).parent / "cuda_emulation"
+    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+    command += ["-Wno-unknown-pragmas", "-Wno-clobbered"]  # unroll; getcontext() could return twice, and does not
+    command += [f"-I{build}", f"-I{emulation}", f"-I{SOURCES}", "-isystem", str(TORCH / "include")]
+    library = build / "emulation.so"
+    command += [str(emulation / "emulation.cpp"), f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.ops.load_library(library)
+    return torch.ops.rnnattn_cuda_emulation
+
+
+class Emulated(Cuda):
+    def __init__(self, library: Any) -> None:
+        self.ops = library
+
+    def unavailable(self) -> None:
+        return None
+
+    def unsupported(self, call: Call) -> None:
+        return None
+
+
+@pytest.fixture
+def emulated(library: Any, monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    """Backend "cuda" runs the emulation."""
+    backend = Emulated(library)
+    monkeypatch.setitem(backends.BACKENDS, "cuda", backend)
+    return backend
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("case", [*LSTM_CASES, *POOL_CASES, *EXTRA_CASES], ids=lambda case: case.id)
+def test_emulated(case: Case, dtype: torch.dtype, emulated: Cuda) -> None:
+    got = case.run(case.tensors(dtype), "cuda")
+    op = "lstm" if isinstance(case, LSTMCase) else "attention_pool"
+    large = case.scale != 1 or (isinstance(case, PoolCase) and case.offset != 0)
+    assert_close(got, truth(case, dtype), op + "_large" if large else op, dtype)
+    if isinstance(case, PoolCase):
+        assert got["dx"][~case.kept()].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_cell_with_strided_rows(dtype: torch.dtype, library: Any) -> None:
+    """Rows apart from each other, at addresses that no vector fits, give what dense rows give."""
+    B, H = 3, 8
+    draw = torch.Generator().manual_seed(0)
+
+    def apart(*shape: int, of: torch.dtype = F32) -> Tensor:
+        padded = torch.randn(shape[0], shape[1] + 3, generator=draw).to(of)
+        return padded[:, 1:-2]
+
+    lengths = torch.tensor([2, 1, 5])
+    gates_x, gates_h, c_prev = apart(B, 4 * H), apart(B, 4 * H), apart(B, H)
+    outputs = apart(B, 4 * H, of=dtype), apart(B, H), apart(B, H, of=dtype), apart(B, H, of=dtype)
+    h_prev = apart(B, H, of=dtype)
+    dense = [a.clone() for a in outputs]
+    library.lstm_cell_forward(gates_x, gates_h, c_prev, h_prev, lengths, 1, *outputs)
+    inputs = [a.contiguous() for a in (gates_x, gates_h, c_prev, h_prev)]
+    library.lstm_cell_forward(*inputs, lengths, 1, *dense)
+    for strided_output, dense_output in zip(outputs, dense, strict=True):
+        torch.testing.assert_close(strided_output, dense_output, rtol=0, atol=0)
+
+    gates, c = dense[:2]
+    dh, dc, d_gates = apart(B, H), apart(B, H), apart(B, 4 * H, of=dtype)
+    dense_dc, dense_d_gates = dc.clone(), d_gates.clone()
+    library.lstm_cell_backward(dh.contiguous(), dense_dc, gates, c, c_prev.contiguous(), lengths, 1, dense_d_gates)
+    library.lstm_cell_backward(dh, dc, outputs[0], outputs[1], c_prev, lengths, 1, d_gates)
+    torch.testing.assert_close(dc, dense_dc, rtol=0, atol=0)
+    torch.testing.assert_close(d_gates, dense_d_gates, rtol=0, atol=0)
+
+
+def test_additive_backward_in_chunks(emulated: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workspace may hold some rows, or a part of one: the sums over the chunks come out the same."""
+    case = PoolCase(5, 7, 6, 8, "chunks", mask="holes", nan=True)
+    for steps in (1, 3, 15):
+        monkeypatch.setattr(pool_gemms, "CHUNK", steps * 8)
+        assert_close(case.run(case.tensors(F32), "cuda"), truth(case, F32), "attention_pool", F32)
+
+
+def test_bad_arguments_are_named(library: Any) -> None:
+    a, c = torch.zeros(2, 8), torch.zeros(2, 2)
+    with pytest.raises(RuntimeError, match=r"lstm_cell_forward: gates_h: expected shape \[2, 8\], got \[2, 7\]"):
+        library.lstm_cell_forward(a, a[:, 1:], c, None, None, 0, None, c, c, None)
+    with pytest.raises(RuntimeError, match="c_prev: expected dtype Float, got Double"):
+        library.lstm_cell_forward(a, a, c.to(F64), None, None, 0, None, c, c, None)
+    with pytest.raises(RuntimeError, match=r"dh: expected stride 1 in the last dimension, got 2"):
+        library.lstm_cell_backward(strided(c), c, a, c, c, None, 0, a)
+    with pytest.raises(RuntimeError, match="expected dtype Float, Half or BFloat16, got Double"):
+        library.lstm_cell_backward(c, c, a.to(F64), c, c, None, 0, a.to(F64))
+    with pytest.raises(RuntimeError, match="h_prev: expected a tensor with h and lengths, got None"):
+        library.lstm_cell_forward(a, a, c, None, torch.tensor([1, 1]), 0, None, c, c, c)
+
+
+def test_architectures() -> None:
+    assert runs_on("8.0", (8, 6)) and runs_on("9.0+PTX", (10, 0)) and runs_on("Hopper", (9, 0))
+    assert not runs_on("8.0", (9, 0)) and not runs_on("9.0", (8, 0)) and not runs_on("9.0+PTX", (8, 0))

@@ -1,0 +1,50 @@
+"""How far a result may lie from the float64 truth: one table, and the error it bounds."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+# Relative L2 error allowed, in units of the dtype's eps. Rounding a result to its dtype costs up to
+# half an eps, so a 16-bit forward that keeps its sums in fp32 stays below 1. "large" are the cases
+# with scaled inputs. Where an entry lies above 8, the comment tells what the reference equations
+# themselves measured, the worst of 8 seeds: these gradients are differences of nearly equal numbers.
+TOLERANCES: dict[str, dict[torch.dtype, float]] = {
+    "lstm": {F64: 6, F32: 6, BF16: 1, F16: 1},
+    "lstm_backward": {F64: 8, F32: 8, BF16: 4, F16: 4},
+    "lstm_large": {F64: 12, F32: 12, BF16: 1, F16: 1},  # fp32 5.8: gate inputs of several hundred
+    "lstm_large_backward": {F64: 128, F32: 128, BF16: 8, F16: 12},  # fp32 53, fp16 6.1: 1 - tanh(c)^2
+    "attention_pool": {F64: 8, F32: 8, BF16: 1, F16: 1},
+    "attention_pool_backward": {F64: 64, F32: 64, BF16: 4, F16: 4},  # fp32 48: dv, the sum of ds u, where sum ds = 0
+    "attention_pool_large": {F64: 96, F32: 96, BF16: 1, F16: 1},  # fp32 44: an ulp of a score of 100 is 64 eps
+    "attention_pool_large_backward": {F64: 128, F32: 128, BF16: 4, F16: 4},  # fp32 61: as above
+}
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """||got - truth|| / ||truth||, computed in float64.
+
+    Numbers below the smallest normal one of got's dtype count as zero: they bound ||truth|| from below.
+    """
+    floor = torch.finfo(got.dtype).tiny * math.sqrt(truth.numel())
+    truth = truth.to("cpu", F64)
+    difference = (got.detach().to("cpu", F64) - truth).norm().item()
+    return 0.0 if difference == 0 else difference / max(truth.norm().item(), floor)
+
+
+def assert_close(got: dict[str, Tensor], truth: dict[str, Tensor], op: str, dtype: torch.dtype) -> None:
+    """Every result has truth's shape, the dtype, and an error within the table (gradients: "d...")."""
+    assert got.keys() == truth.keys()
+    eps, worse = torch.finfo(dtype).eps, []
+    for name, value in got.items():
+        assert value.shape == truth[name].shape, f"{name}: {list(value.shape)}, expected {list(truth[name].shape)}"
+        assert value.dtype == dtype, f"{name}: {value.dtype}, expected {dtype}"
+        allowed = TOLERANCES[op + "_backward" if name.startswith("d") else op][dtype]
+        error = relative_error(value, truth[name]) / eps
+        if not error <= allowed:  # NaN too
+            worse.append(f"{name}: relative error {error:.3g} eps, allowed {allowed:g} eps")
+    assert not worse, "; ".join(worse)

@@ -1,0 +1,137 @@
+"""What the Triton kernels take on NVIDIA GPUs, found by compiling them without one.
+
+    python -m tests.triton_resources 90 [--thorough] [--json]
+
+The real launchers are called on small CPU tensors, with a driver in place that names a GPU and a `run`
+that compiles and does not launch. So the launchers' own choice of tiles, warps and specialisation is
+what is compiled, for every kernel, dtype and architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may ask for
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel."""
+
+    kernel: str
+    case: str
+    dtype: str
+    architecture: int
+    warps: int
+    registers: int
+    stack: int  # bytes a thread; more than none means spilled registers
+    shared: int  # bytes a block
+    tensor_core: str  # the instruction, or ""
+
+
+def launches(dtype: torch.dtype, thorough: bool) -> Iterator[str]:
+    """Calls every launcher, once or (thorough) at the corners of its choices; yields a name after each case."""
+    from rnnattn import kernels
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def fp32(*shape: int) -> torch.Tensor:
+        return new(*shape, dtype=torch.float32)
+
+    for H in (512, 37) if thorough else (512,):
+        B, gates, h, lengths = 4, new(4, 4 * H), new(4, H), torch.zeros(4, dtype=torch.int64)
+        x, c = fp32(B, 4 * H), fp32(B, H)
+        kernels.lstm_cell_forward(x, x, c, h, lengths, 1, gates, c, h, h)
+        kernels.lstm_cell_backward(c, c, gates, c, c, lengths, 1, gates)
+        yield f"H={H}"
+    for T, D in ((1000, 64), (1000, 300), (1000, 301), (100, 2048), (100, 8192)) if thorough else ((1000, 256),):
+        x, v, lengths = new(1, T, D), new(D), torch.zeros(1, dtype=torch.int64)
+        kernels.linear_pool_forward(x, v, lengths, None, fp32(1, T))
+        kernels.linear_pool_backward(fp32(1, D), new(1, T), fp32(1), fp32(1), x, v, lengths, None)
+        yield f"T={T} D={D}"
+    corners = ((50, 300, 100), (1000, 301, 100), (1000, 256, 64), (200, 2048, 1024), (50, 8192, 64), (50, 64, 8192))
+    for T, D, A in corners if thorough else ((1000, 256, 256),):
+        x, v, w, b, mask = new(1, T, D), new(A), new(A, D), new(A), torch.ones(1, T, dtype=torch.bool)
+        kernels.additive_pool_forward(x, v, w, b, None, mask, None)
+        kernels.additive_pool_backward(fp32(T, A), x[0], v, b, mask[0], fp32(1, D), None, fp32(1), fp32(1), T)
+        yield f"T={T} D={D} A={A}"
+
+
+def compiled(architecture: int, thorough: bool) -> Iterator[Row]:
+    """Compiles everything for one GPU; must run in a process of its own, without TRITON_INTERPRET."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Offline:
+        """The part of Triton's driver that compiling needs."""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", architecture, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    launched = {}
+    compile_and_launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **kwargs)
+        launched[kernel.hash] = (f"{self.__module__.split('.')[-1]}.{self.__name__.strip('_')}", kernel)
+
+    driver.set_active(Offline())
+    JITFunction.run = compile_only
+    for dtype_name, dtype in DTYPES.items():
+        for case in launches(dtype, thorough):
+            for name, kernel in launched.values():
+                yield resources(kernel, name, case, dtype_name, architecture)
+            launched.clear()
+
+
+def resources(kernel: Any, name: str, case: str, dtype: str, architecture: int) -> Row:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name], check=True, capture_output=True, text=True
+        ).stdout
+    registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))  # type: ignore[index]
+    instruction = TENSOR_CORE.search(kernel.asm["ptx"])
+    return Row(
+        name, case, dtype, architecture, kernel.metadata.num_warps, registers, stack, kernel.metadata.shared,
+        instruction[1] if instruction else "",
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("architecture", type=int, choices=sorted(SHARED_LIMIT), help="compute capability")
+    parser.add_argument("--thorough", action="store_true", help="more shapes")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
+    options = parser.parse_args()
+    line = "{kernel:32}{case:22}{dtype:6}{warps:>6}{registers:>10}{stack:>6}{shared:>8}  {tensor_core}".format
+    if not options.json:
+        print(line(**{name: name for name in Row.__dataclass_fields__}))
+    for row in compiled(options.architecture, options.thorough):
+        print(json.dumps(asdict(row)) if options.json else line(**asdict(row)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
