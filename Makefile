@@ -3,6 +3,7 @@
 #   make            an editable install with the compiled kernels, in .venv
 #   make test       the tests                     ARGS="-k pooling -x" goes to pytest
 #   make bench      the benchmarks                ARGS=... goes to python -m benchmarks
+#   make plots      the README's tables and plots again, from benchmarks/results
 #   make lint       ruff and mypy
 #   make wheel      dist/*.whl for this machine's torch
 #   make clean      removes what was built, but not .venv
@@ -30,7 +31,7 @@ export PYTHONUNBUFFERED = 1
 REQUIREMENTS := $(filter-out requirements/build.txt,$(wildcard requirements/*.txt))
 SOURCES := setup.py pyproject.toml rnnattn/_version.py $(shell find csrc -not -name '.*')
 
-.PHONY: install test bench lint wheel clean
+.PHONY: install test bench plots lint wheel clean
 
 install: $(STAMPS)/installed
 
@@ -39,6 +40,9 @@ test: $(STAMPS)/installed
 
 bench: $(STAMPS)/installed
 	OMP_PROC_BIND=true OMP_PLACES=cores $(PY) -m benchmarks $(ARGS)
+
+plots: $(STAMPS)/installed
+	$(PY) -m benchmarks --render benchmarks/results
 
 lint: $(READY)
 	$(PY) -m ruff check .

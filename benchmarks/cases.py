@@ -71,7 +71,7 @@ def name(case: Case) -> str:
 
 def ragged_lengths(B: int, T: int, device: torch.device) -> Tensor:
     """Lengths [B] spread evenly over T/10 .. T, in no order."""
-    lengths = torch.linspace(T // 10, T, B).round().long()
+    lengths = torch.linspace(max(1, T // 10), T, B).round().long()
     return lengths[torch.randperm(B, generator=torch.Generator().manual_seed(0))].to(device)
 
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ def collect(device: torch.device) -> Environment:
         torch=torch.__version__,
         triton=_triton_version(),
         cuda=torch.version.cuda or "none",
-        cudnn=str(torch.backends.cudnn.version()) if cuda else "none",
+        cudnn=str(torch.backends.cudnn.version()) if cuda else "none",  # type: ignore[no-untyped-call]
         fp32=_fp32_precision() if cuda else "ieee",
         python=platform.python_version(),
         system=platform.platform(),
@@ -93,15 +94,15 @@ def _cpu_name() -> str:
 
 def _cpu_isa() -> str:
     """The widest instruction set that matters to a matrix product."""
-    if getattr(torch.cpu, "get_capabilities", dict)().get("amx_tile"):
+    if hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("amx_tile"):
         return "amx"
     capability = torch.backends.cpu.get_cpu_capability().lower()
     return platform.machine() if capability == "default" else capability
 
 
 def _fp32_precision() -> str:
-    rnn, matmul = torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-    return f"cudnn rnn {rnn}, matmul {matmul}"
+    rnn: Any = torch.backends.cudnn.rnn
+    return f"cudnn rnn {rnn.fp32_precision}, matmul {torch.backends.cuda.matmul.fp32_precision}"
 
 
 def _slug(device_name: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ def measure(
         for module in experiment.modules:
             module.train(mode == BACKWARD)
         with torch.set_grad_enabled(mode == BACKWARD):
-            yield mode, _cell(case, experiment, mode, backends, truth, seconds)
+            rows = _cell(case, experiment, mode, backends, truth, seconds)
+        yield mode, rows
 
 
 def _cell(
@@ -93,15 +95,13 @@ def _ours(experiment: Experiment, mode: str, backends: Sequence[str], truth: lis
         try:
             with rnnattn.use_backend(name):
                 decision = rnnattn.explain(experiment.ours)[0]
-        except rnnattn.BackendError as error:
-            entries.append(_Entry(name, name, "", None, failure=f"unsupported: {error}"))
-            continue
         except Exception as error:  # a crash of one case must not lose the results of the others
-            entries.append(_Entry(name, name, "", None, failure=f"failed: {_first_line(error)}"))
+            failure = f"unsupported: {error}" if isinstance(error, rnnattn.BackendError) else _failed(error)
+            entries.append(_Entry(name, name, "", None, failure=failure))
             continue
         if any((entry.backend, entry.kernel) == (decision.backend, decision.kernel) for entry in entries):
             continue
-        contender = Contender(_call(experiment.ours, experiment, mode), lambda name=name: rnnattn.use_backend(name))
+        contender = Contender(_call(experiment.ours, experiment, mode), functools.partial(rnnattn.use_backend, name))
         entry = _Entry(name, decision.backend, decision.kernel, contender)
         entries.append(_checked(entry, truth))
     return entries
@@ -126,16 +126,16 @@ def _checked(entry: _Entry, truth: list[Tensor]) -> _Entry:
         with entry.contender.context():
             results = entry.contender.run()
     except Exception as error:
-        return _Entry(entry.name, entry.backend, entry.kernel, None, failure=f"failed: {_first_line(error)}")
+        return replace(entry, contender=None, failure=_failed(error))
     assert isinstance(results, list)
-    error = max(map(relative_error, results, truth))
-    return _Entry(entry.name, entry.backend, entry.kernel, entry.contender, error)
+    return replace(entry, error=max(map(relative_error, results, truth)))
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
     """Relative L2 error; infinite where a result is not finite."""
-    difference = (found.double() - truth).norm() / truth.norm().clamp(min=torch.finfo(truth.dtype).tiny)
-    return difference.nan_to_num(torch.inf, torch.inf).item()
+    found, truth = found.detach().double(), truth.detach()
+    error = (found - truth).norm() / truth.norm().clamp(min=torch.finfo(truth.dtype).tiny)
+    return float(error.nan_to_num(torch.inf, torch.inf))
 
 
 def _row(
@@ -153,10 +153,10 @@ def _row(
         kernel=ours.kernel,
         baseline=baseline.name,
         baseline_kernel=baseline.kernel,
-        median_ms=time and time.median_ms,
-        spread=time and time.spread,
-        baseline_median_ms=baseline_time and baseline_time.median_ms,
-        baseline_spread=baseline_time and baseline_time.spread,
+        median_ms=time.median_ms if time else None,
+        spread=time.spread if time else None,
+        baseline_median_ms=baseline_time.median_ms if baseline_time else None,
+        baseline_spread=baseline_time.spread if baseline_time else None,
         ratio=ratio,
         error=ours.error,
         baseline_error=baseline.error,
@@ -192,5 +192,6 @@ def _median(timing: Timing | None) -> float:
     return timing.median_ms if timing else float("inf")
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+def _failed(error: Exception) -> str:
+    message = str(error).strip()
+    return f"failed: {type(error).__name__}: {message.splitlines()[0] if message else ''}"

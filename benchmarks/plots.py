@@ -18,7 +18,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     """<device>-<op>-<baseline>.png for everything that has rows that count, and <device>-digits.png."""
     folder.mkdir(parents=True, exist_ok=True)
     e = results.environment
-    title = f"{e.device_name} ({e.isa}), torch {e.torch}, " + (f"cuDNN {e.cudnn}" if e.on_gpu else f"{e.threads} threads")
+    title = f"{e.device_name} ({e.isa}), torch {e.torch}, {f'cuDNN {e.cudnn}' if e.on_gpu else f'{e.threads} threads'}"
     paths = []
     counted: dict[tuple[str, str], list[Row]] = {}
     for row in results.rows:

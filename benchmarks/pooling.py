@@ -50,7 +50,7 @@ def experiment(case: PoolCase, device: torch.device) -> Experiment:
     exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
 
     def peer(name: str, kernel: str, form: Form) -> Peer:
-        return Peer(name, lambda: kernel, lambda: form(*_arguments(inputs), keep))
+        return Peer(name, lambda: kernel, lambda: _pooled(form, inputs, keep))
 
     peers = [
         peer("eager", "scores, softmax, bmm", bmm_form),
@@ -68,14 +68,14 @@ def experiment(case: PoolCase, device: torch.device) -> Experiment:
         peers=peers,
         inputs=inputs,
         dy=torch.randn(case.B, case.D, device=device, dtype=dtype),
-        exact=lambda: bmm_form(*_arguments(exact_inputs), keep),
+        exact=lambda: _pooled(bmm_form, exact_inputs, keep),
         exact_inputs=exact_inputs,
     )
 
 
-def _arguments(inputs: list[Tensor]) -> list[Tensor | None]:
-    """x, v, w, b."""
-    return [*inputs, *[None] * (4 - len(inputs))]
+def _pooled(form: Form, inputs: list[Tensor], keep: Tensor | None) -> Tensor:
+    """inputs are x, v or x, v, w, b."""
+    return form(*inputs, *[None] * (4 - len(inputs)), keep)
 
 
 def _compiled(form: Form) -> Form:

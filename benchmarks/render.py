@@ -16,8 +16,10 @@ def render(folder: Path, readme: Path) -> list[Path]:
     """Rewrites the plots in the folder and what stands between the README's markers.
 
     Raises:
-        ValueError: the README lacks the markers.
+        ValueError: the README lacks the markers, or there is no such folder.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder of result files")
     text = readme.read_text()
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise ValueError(f"{readme}: expected one line {START} and after it one line {END}")
@@ -48,7 +50,7 @@ def _device(results: Results, links: Sequence[str]) -> str:
     lines = [f"**{e.device_name}** ({e.isa}; {versions}; commit {e.commit}, {e.date[:10]})", ""]
     if results.model:
         lines += _table(
-            ("digits model", "logits differ", "correct", "on torch.nn", "training step", "before", "prediction", "before"),
+            ("digits", "logits differ", "correct", "on torch.nn", "training step", "before", "prediction", "before"),
             [
                 (
                     row.requested,

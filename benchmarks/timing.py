@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
+Context = Callable[[], contextlib.AbstractContextManager[object]]
+
 MIN_SAMPLE_SECONDS = 0.004
 MIN_REPETITIONS, MAX_REPETITIONS = 5, 60
 
@@ -27,7 +29,7 @@ class Contender:
     """A call to time; `context` is entered outside the timed loop."""
 
     run: Callable[[], object]
-    context: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    context: Context = contextlib.nullcontext
 
 
 @dataclass(frozen=True)

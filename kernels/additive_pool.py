@@ -45,19 +45,20 @@ def dot_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def forward_config(dtype: torch.dtype, T: int, A: int, D: int, align: int) -> dict[str, int | str]:
-    """Tiles and warps of the forward kernel, for x whose lines start at multiples of `align` bytes."""
+def forward_config(dtype: torch.dtype, A: int, D: int, align: int) -> dict[str, int | str]:
+    """Tiles and warps of the forward kernel, for x whose lines start at multiples of `align` bytes.
+
+    The largest that compile for sm_80, sm_90 and sm_100 without spilled registers (8 bytes at some shapes).
+    """
     precision = dot_precision() if dtype == torch.float32 else "ieee"
-    block_d = triton.next_power_of_2(D)
+    tile = {"BLOCK_T": 64, "BLOCK_A": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 4}
     if dtype == torch.float32 and precision == "ieee":
         # 32 lines are too few for the tensor core of sm_100, where Triton 3.7 would compute fp32
         # products in TF32 whatever it is told (triton #10176).
-        tile = {"BLOCK_T": 32, "BLOCK_A": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    elif T <= 64 or A <= 64 or align < 4 or dtype == torch.float32:
-        # below 4 bytes nothing is copied asynchronously: x passes through registers
-        tile = {"BLOCK_T": 64, "BLOCK_A": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-    else:
-        tile = {"BLOCK_T": 128, "BLOCK_A": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+        tile |= {"BLOCK_T": 32, "num_warps": 4, "num_stages": 2}
+    elif dtype != torch.float32 and A > 64 and align >= 4:  # below 4 bytes x is not copied asynchronously
+        tile["BLOCK_A"] = 128
+    block_d = triton.next_power_of_2(D)
     rows = max(1, min(tile["BLOCK_T"], TILE // block_d))
     return {"D": D, "BLOCK_D": block_d, "ROWS": rows, "PRECISION": precision, **tile}
 
@@ -220,7 +221,7 @@ def additive_pool_forward(
     """pooled [B, D] in x's dtype and lse [B] fp32; B, T, A and D are at least 1."""
     (B, T, D), A = x.shape, v.shape[0]
     align = alignment(x)
-    config = forward_config(x.dtype, T, A, D, align)
+    config = forward_config(x.dtype, A, D, align)
     S, steps = split_time(B, T, int(config["BLOCK_T"]), FORWARD_PROGRAMS * multiprocessors(x.device))
     pooled, lse = part_outputs(x, S)
     _forward_kernel[B, S](

@@ -169,8 +169,7 @@ def linear_pool_backward(
     B, T, D = x.shape
     config = tile_config(D, T)
     S, steps = split_time(B, T, config["BLOCK_T"], PROGRAMS * multiprocessors(x.device))
-    dx = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
-    dv = x.new_empty(B, S, D, dtype=torch.float32)
+    dx, dv = x.new_empty(B, T, D), x.new_empty(B, S, D, dtype=torch.float32)
     _backward_kernel[B, S](
         d_pooled, d_weights, delta, lse, x, v, lengths, mask, dx, dv,
         T, steps, x.stride(0), x.stride(1), ALIGN=alignment(x), **config,

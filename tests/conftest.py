@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Generator, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -16,24 +14,16 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it in deterministic mode
 
 import rnnattn
-from rnnattn import backends
+from cases import OWN, backend_parameters
 
 REQUIRED = [name for name in os.environ.get("RNNATTN_REQUIRE", "").split(",") if name]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `backend` runs on every backend with operations of its own; a module's OWN
-    narrows them. `unavailable` ones show as skipped, with the reason."""
-    if "backend" not in metafunc.fixturenames or any("backend" in m.args[0] for m in metafunc.definition.iter_markers("parametrize")):
-        return
-    names = getattr(metafunc.module, "BACKENDS", ("reference", "cpp", "triton", "cuda"))
-    metafunc.parametrize("backend", [backend_parameter(name) for name in names])
-
-
-def backend_parameter(name: str) -> Any:
-    reason = backends.unavailable(name)
-    marks = [] if reason is None else [pytest.mark.skip(reason=f"backend {name}: {reason}")]
-    return pytest.param(name, marks=marks)
+    """A test that takes `backend`, and does not say which, runs on each with operations of its own."""
+    chosen = [marker.args[0] for marker in metafunc.definition.iter_markers("parametrize")]
+    if "backend" in metafunc.fixturenames and not any("backend" in names for names in chosen):
+        metafunc.parametrize("backend", backend_parameters(*OWN))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,11 +71,3 @@ def pytest_make_collect_report(
     if report.skipped and name:
         report.outcome, report.longrepr = "failed", f"RNNATTN_REQUIRE={name} forbids to skip this file: {report.longrepr}"
     return report
-
-
-@pytest.fixture
-def no_fallback() -> Iterator[None]:
-    """rnnattn's fallback warning is an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="rnnattn:")
-        yield

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-OPTIONAL = "triton rnnattn.kernels rnnattn._C rich matplotlib sklearn scipy pandas onnx hypothesis pytest".split()
+OPTIONAL = {"triton", "rnnattn.kernels", "rnnattn._C", "rich", "matplotlib", "sklearn", "scipy", "onnx", "hypothesis"}
 SECONDS = 0.3
 
 PROBE = """

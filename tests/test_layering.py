@@ -174,7 +174,7 @@ FORBIDDEN_HEADERS = (
     (r"(?!bindings\.cpp$).*", r"pybind11/|torch/extension\.h|torch/python\.h|Python\.h", "pybind11: bindings.cpp only"),
     (r"cpu/(.*_kernel\.h|kernels\.cpp)", r"torch/|ATen/|c10/", "knows no torch"),
     (r"cuda/.*\.cuh", r"torch/|ATen/|c10/", "device code: CUDA's own headers only"),
-    (r"cuda/.*", r"ATen/|c10/|torch/(?!csrc/stable/|csrc/inductor/aoti_torch/c/shim|headeronly/)", "stable headers only"),
+    (r"cuda/.*", r"ATen/|c10/|torch/(?!csrc/stable/|csrc/inductor/aoti_torch/c/shim|headeronly/)", "stable headers"),
 )
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"]+)[>"]', re.MULTILINE)
 

@@ -28,12 +28,14 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
 def relative_error(got: Tensor, truth: Tensor) -> float:
     """||got - truth|| / ||truth||, computed in float64.
 
-    Numbers below the smallest normal one of got's dtype count as zero: they bound ||truth|| from below.
+    Numbers below the smallest normal one of got's dtype count as zero: they bound ||truth|| from
+    below. Where the truth is zero up to float64's rounding, the error is that of an element.
     """
-    floor = torch.finfo(got.dtype).tiny * math.sqrt(truth.numel())
     truth = truth.to("cpu", F64)
     difference = (got.detach().to("cpu", F64) - truth).norm().item()
-    return 0.0 if difference == 0 else difference / max(truth.norm().item(), floor)
+    size, root = truth.norm().item(), math.sqrt(truth.numel())
+    size = root if size < 1e-13 * root else max(size, torch.finfo(got.dtype).tiny * root)
+    return difference / size if truth.numel() else 0.0
 
 
 def assert_close(got: dict[str, Tensor], truth: dict[str, Tensor], op: str, dtype: torch.dtype) -> None:

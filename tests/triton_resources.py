@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may ask for
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 
 
@@ -31,7 +31,7 @@ class Row:
 
     kernel: str
     case: str
-    dtype: str
+    dtype: str  # tf32: fp32 with torch's switch on
     architecture: int
     warps: int
     registers: int
@@ -41,7 +41,7 @@ class Row:
 
 
 def launches(dtype: torch.dtype, thorough: bool) -> Iterator[str]:
-    """Calls every launcher, once or (thorough) at the corners of its choices; yields a name after each case."""
+    """Calls every launcher at its usual choices or (thorough) at their corners; yields a name after each case."""
     from rnnattn import kernels
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -61,8 +61,8 @@ def launches(dtype: torch.dtype, thorough: bool) -> Iterator[str]:
         kernels.linear_pool_forward(x, v, lengths, None, fp32(1, T))
         kernels.linear_pool_backward(fp32(1, D), new(1, T), fp32(1), fp32(1), x, v, lengths, None)
         yield f"T={T} D={D}"
-    corners = ((50, 300, 100), (1000, 301, 100), (1000, 256, 64), (200, 2048, 1024), (50, 8192, 64), (50, 64, 8192))
-    for T, D, A in corners if thorough else ((1000, 256, 256),):
+    corners = ((50, 300, 100), (50, 301, 100), (50, 256, 1), (200, 2048, 1024), (50, 8192, 64), (50, 64, 8192))
+    for T, D, A in corners if thorough else ((1000, 256, 256), (50, 301, 100)):
         x, v, w, b, mask = new(1, T, D), new(A), new(A, D), new(A), torch.ones(1, T, dtype=torch.bool)
         kernels.additive_pool_forward(x, v, w, b, None, mask, None)
         kernels.additive_pool_backward(fp32(T, A), x[0], v, b, mask[0], fp32(1, D), None, fp32(1), fp32(1), T)
@@ -97,6 +97,7 @@ def compiled(architecture: int, thorough: bool) -> Iterator[Row]:
     driver.set_active(Offline())
     JITFunction.run = compile_only
     for dtype_name, dtype in DTYPES.items():
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype_name == "tf32" else "ieee"
         for case in launches(dtype, thorough):
             for name, kernel in launched.values():
                 yield resources(kernel, name, case, dtype_name, architecture)

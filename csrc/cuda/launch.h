@@ -54,7 +54,8 @@ void launch(void (*kernel)(Params), dim3 grid, dim3 block, int device, const Par
 // One call of an operator: makes the device of its first tensor current, and checks the others against it.
 class Operation {
  public:
-  Operation(const char* name, const Tensor& first) : name_(name), device_(first.get_device_index()), guard_(device_) {}
+  Operation(const char* name, const Tensor& first)
+      : name_(name), device_(checked_device(name, first)), guard_(device_) {}
 
   int device() const { return device_; }
 
@@ -87,6 +88,11 @@ class Operation {
   }
 
  private:
+  static int checked_device(const char* name, const Tensor& first) {
+    STD_TORCH_CHECK(on_device(first), "rnnattn ", name, ": first argument: expected a tensor on a CUDA device");
+    return first.get_device_index();
+  }
+
   std::string describe(const char* argument) const { return std::string("rnnattn ") + name_ + ": " + argument + ": "; }
 
   template <typename List>

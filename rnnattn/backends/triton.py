@@ -107,11 +107,12 @@ def _pool(
     """pooled [B, D] and lse [B]."""
     from rnnattn.kernels import additive_pool_forward, linear_pool_forward
 
-    v, b, lengths, mask = _contiguous(v, b, lengths, mask)
+    x, v = _dense_rows(x), v.contiguous()
+    b, lengths, mask = _contiguous(b, lengths, mask)
     if w is None:
-        pooled, lse = linear_pool_forward(_dense_rows(x), v, lengths, mask, scores)
+        pooled, lse = linear_pool_forward(x, v, lengths, mask, scores)
     else:
-        pooled, lse = additive_pool_forward(_dense_rows(x), v, w.contiguous(), b, lengths, mask, scores)
+        pooled, lse = additive_pool_forward(x, v, w.contiguous(), b, lengths, mask, scores)
     return pooled, lse
 
 
@@ -129,7 +130,7 @@ def _additive_backward(
     """dx, dv, dw, db in chunks of rows, so that nothing of size [B, T, A] exists."""
     from rnnattn.kernels import additive_pool_backward
 
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape)
     dw = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
     dv, db = torch.zeros(2, v.shape[0], dtype=torch.float32, device=v.device)
     w_rows, w_columns = stepwise.wide(w), stepwise.wide(w.t())

@@ -1,0 +1,236 @@
+"""Bad calls. Where torch.nn checks the same call, exception and message are torch's; elsewhere the message
+names the argument, what was expected and what was given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import rnnattn
+from rnnattn import functional as RF
+
+F64 = torch.float64
+Call = Callable[[Any], Any]
+
+
+def x(*shape: int, **options: Any) -> torch.Tensor:
+    return torch.ones(*shape, **options)
+
+
+def raised(call: Callable[[], Any]) -> tuple[type[BaseException], str]:
+    with pytest.raises(Exception) as info:
+        call()
+    return info.type, str(info.value)
+
+
+# --- calls that torch.nn checks too; I = 5, H = 7 ------------------------------------------------
+
+LSTM_CALLS: dict[str, tuple[dict[str, Any], Call]] = {
+    "1-D input": ({}, lambda m: m(x(4))),
+    "4-D input": ({}, lambda m: m(x(4, 2, 3, 1))),
+    "features": ({}, lambda m: m(x(4, 2, 3))),
+    "features, unbatched": ({}, lambda m: m(x(4, 3))),
+    "features, batch first": ({"batch_first": True}, lambda m: m(x(4, 2, 3))),
+    "dtype": ({}, lambda m: m(x(4, 2, 5, dtype=F64))),
+    "integers": ({}, lambda m: m(x(4, 2, 5, dtype=torch.int64))),
+    "T=0": ({}, lambda m: m(x(0, 2, 5))),
+    "T=0, batch first": ({"batch_first": True}, lambda m: m(x(2, 0, 5))),
+    "T=0, unbatched": ({}, lambda m: m(x(0, 5))),
+    "2-D states": ({}, lambda m: m(x(4, 2, 5), (x(2, 7), x(2, 7)))),
+    "2-D c": ({}, lambda m: m(x(4, 2, 5), (x(1, 2, 7), x(2, 7)))),
+    "3-D states, unbatched": ({}, lambda m: m(x(4, 5), (x(1, 1, 7), x(1, 1, 7)))),
+    "batch of h": ({}, lambda m: m(x(4, 2, 5), (x(1, 3, 7), x(1, 2, 7)))),
+    "batch of c": ({}, lambda m: m(x(4, 2, 5), (x(1, 2, 7), x(1, 3, 7)))),
+    "batch of h, batch first": ({"batch_first": True}, lambda m: m(x(2, 4, 5), (x(1, 4, 7), x(1, 4, 7)))),
+    "size of h": ({}, lambda m: m(x(4, 2, 5), (x(1, 2, 6), x(1, 2, 7)))),
+    "size of c": ({}, lambda m: m(x(4, 2, 5), (x(1, 2, 7), x(1, 2, 6)))),
+    "layers of h": ({"num_layers": 2}, lambda m: m(x(4, 2, 5), (x(1, 2, 7), x(1, 2, 7)))),
+    "directions of h": ({"bidirectional": True}, lambda m: m(x(4, 2, 5), (x(1, 2, 7), x(1, 2, 7)))),
+    "layers of h, unbatched": ({"num_layers": 2}, lambda m: m(x(4, 5), (x(1, 7), x(1, 7)))),
+    "h is not projected": ({"proj_size": 3}, lambda m: m(x(4, 2, 5), (x(1, 2, 7), x(1, 2, 7)))),
+    "three states": ({}, lambda m: m(x(4, 2, 5), (x(1, 2, 7),) * 3)),
+    "one state": ({}, lambda m: m(x(4, 2, 5), (x(1, 2, 7),))),
+    "device of the states": ({}, lambda m: m(x(4, 2, 5), (x(1, 2, 7, device="meta"),) * 2)),
+    "not a tensor": ({}, lambda m: m([1, 2])),
+}
+
+CELL_CALLS: dict[str, Call] = {
+    "0-D input": lambda m: m(torch.tensor(1.0)),
+    "3-D input": lambda m: m(x(1, 2, 5)),
+    "features": lambda m: m(x(2, 4)),
+    "features, unbatched": lambda m: m(x(4)),
+    "3-D h": lambda m: m(x(2, 5), (x(1, 2, 7), x(2, 7))),
+    "3-D c": lambda m: m(x(2, 5), (x(2, 7), x(1, 2, 7))),
+    "batch of h": lambda m: m(x(2, 5), (x(3, 7), x(3, 7))),
+    "batch of c": lambda m: m(x(2, 5), (x(2, 7), x(3, 7))),
+    "size of h": lambda m: m(x(2, 5), (x(2, 6), x(2, 7))),
+    "size of c": lambda m: m(x(2, 5), (x(2, 7), x(2, 6))),
+    "1-D states": lambda m: m(x(2, 5), (x(7), x(7))),
+    "2-D states, unbatched": lambda m: m(x(5), (x(1, 7), x(1, 7))),
+    "three states": lambda m: m(x(2, 5), (x(2, 7),) * 3),
+    "one state": lambda m: m(x(2, 5), (x(2, 7),)),
+}
+
+CONSTRUCTORS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((0, 4), {}),
+    ((4, 0), {}),
+    ((-1, 4), {}),
+    ((4.0, 4), {}),
+    ((4, "4"), {}),
+    ((4,), {}),
+    ((4, 4, 0), {}),
+    ((4, 4), {"num_layers": -1}),
+    ((4, 4), {"num_layers": 1.5}),
+    ((4, 4), {"bias": 1}),
+    ((4, 4), {"batch_first": 1}),
+    ((4, 4), {"dropout": 1.5}),
+    ((4, 4), {"dropout": -0.1}),
+    ((4, 4), {"dropout": True}),
+    ((4, 4), {"proj_size": 4}),
+    ((4, 4), {"proj_size": -1}),
+    ((4, 4), {"hidden": 3}),
+    ((4, 4), {"dtype": torch.int32}),
+]
+
+
+@pytest.mark.parametrize("name", LSTM_CALLS)
+def test_lstm_raises_as_torch(name: str) -> None:
+    options, call = LSTM_CALLS[name]
+    assert raised(lambda: call(rnnattn.LSTM(5, 7, **options))) == raised(lambda: call(nn.LSTM(5, 7, **options)))
+
+
+@pytest.mark.parametrize("name", CELL_CALLS)
+def test_cell_raises_as_torch(name: str) -> None:
+    assert raised(lambda: CELL_CALLS[name](rnnattn.LSTMCell(5, 7))) == raised(lambda: CELL_CALLS[name](nn.LSTMCell(5, 7)))
+
+
+@pytest.mark.parametrize("arguments, options", CONSTRUCTORS, ids=str)
+def test_constructor_raises_as_torch(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    assert raised(lambda: rnnattn.LSTM(*arguments, **options)) == raised(lambda: nn.LSTM(*arguments, **options))
+
+
+def test_dropout_without_a_second_layer_warns_as_torch() -> None:
+    with pytest.warns(UserWarning, match="num_layers greater than 1") as theirs:
+        nn.LSTM(2, 3, dropout=0.5)
+    with pytest.warns(UserWarning, match="num_layers greater than 1") as ours:
+        rnnattn.LSTM(2, 3, dropout=0.5)
+    assert [str(w.message) for w in ours] == [str(w.message) for w in theirs]
+
+
+# --- calls that torch.nn has no check for, or lets fail inside a kernel ----------------------------
+
+
+def packed(*shape: int, **options: Any) -> Any:
+    return pack_padded_sequence(x(*shape, **options), [4, 2])
+
+
+def lstm(**arguments: Any) -> Any:
+    good = {
+        "input": x(4, 2, 5), "hx": (x(1, 2, 7), x(1, 2, 7)),
+        "weights": [x(28, 5), x(28, 7), x(28), x(28)],
+    }  # fmt: skip
+    return RF.lstm(**(good | arguments))
+
+
+def pool(*, input: Any = None, v: Any = None, **arguments: Any) -> Any:
+    return RF.attention_pool(x(2, 4, 5) if input is None else input, x(5) if v is None else v, **arguments)
+
+
+def model(*arguments: Any, **options: Any) -> Any:
+    return rnnattn.SequenceClassifier(3, 4, 5)(*arguments, **options)
+
+
+LIST_3 = r"\[3\]"
+# name -> (call, exception, what the message must say, each a regular expression)
+CALLS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
+    # modules
+    "dtype of h": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), (x(1, 2, 7, dtype=F64),) * 2), RuntimeError, ["h0", "float32", "float64"]),
+    "dtype of c": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), (x(1, 2, 7), x(1, 2, 7, dtype=F64))), RuntimeError, ["c0", "float32", "float64"]),
+    "packed features": (lambda: rnnattn.LSTM(5, 7)(packed(4, 2, 3)), RuntimeError, ["input_size", "5", "3"]),
+    "packed rank": (lambda: rnnattn.LSTM(5, 7)(packed(4, 2, 5, 1)), RuntimeError, ["2 dimensions", "3"]),
+    "packed dtype": (lambda: rnnattn.LSTM(5, 7)(packed(4, 2, 5, dtype=F64)), ValueError, ["float32", "float64"]),
+    "packed batch of h": (lambda: rnnattn.LSTM(5, 7)(packed(4, 2, 5), (x(1, 3, 7), x(1, 3, 7))), RuntimeError, [r"hidden\[0\]", r"\(1, 2, 7\)", r"\[1, 3, 7\]"]),
+    "packed and lengths": (lambda: rnnattn.LSTM(5, 7)(packed(4, 2, 5), lengths=[4, 2]), ValueError, ["lengths", "PackedSequence"]),
+    "device of the input": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5, device="meta")), RuntimeError, ["device", "meta", "cpu"]),
+    "cell dtype": (lambda: rnnattn.LSTMCell(5, 7)(x(2, 5, dtype=F64)), RuntimeError, ["weights", "float64", "float32"]),
+    "cell dtype of c": (lambda: rnnattn.LSTMCell(5, 7)(x(2, 5), (x(2, 7), x(2, 7, dtype=F64))), RuntimeError, ["c0", "float64", "float32"]),
+    "cell state is one tensor": (lambda: rnnattn.LSTMCell(5, 7)(x(2, 5), x(2, 7)), TypeError, ["hx", "tuple", "Tensor"]),
+    # lengths
+    "too long": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), lengths=[5, 2]), ValueError, ["lengths", "0 to 4", "5"]),
+    "negative length": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), lengths=torch.tensor([4, -1])), ValueError, ["lengths", "0 to 4", "-1"]),
+    "batch first, too long": (lambda: rnnattn.LSTM(5, 7, batch_first=True)(x(2, 4, 5), lengths=[5, 2]), ValueError, ["lengths", "0 to 4", "5"]),
+    "float lengths": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), lengths=torch.tensor([4.0, 2.0])), TypeError, ["lengths", "integers", "float32"]),
+    "bool lengths": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), lengths=torch.tensor([True, False])), TypeError, ["lengths", "integers", "bool"]),
+    "lengths of another batch": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), lengths=[4, 2, 1]), ValueError, ["lengths", r"\[2\]", LIST_3]),
+    "2-D lengths": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), lengths=torch.ones(2, 1, dtype=torch.int64)), ValueError, ["lengths", r"\[2\]", r"\[2, 1\]"]),
+    "unbatched, too long": (lambda: rnnattn.LSTM(5, 7)(x(4, 5), lengths=[5]), ValueError, ["lengths", "0 to 4", "5"]),
+    # functional.lstm
+    "2-D input": (lambda: lstm(input=x(4, 5)), RuntimeError, ["input", "3 dimensions", r"\[4, 5\]"]),
+    "integer input": (lambda: lstm(input=x(4, 2, 5, dtype=torch.int64)), RuntimeError, ["input", "floating", "int64"]),
+    "number of weights": (lambda: lstm(weights=[x(28, 5)] * 3), RuntimeError, ["weights", "4 or", "got 3"]),
+    "shape of a weight": (lambda: lstm(weights=[x(28, 5), x(28, 7), x(27), x(28)]), RuntimeError, [r"weights\[2\]", r"\[28\]", r"\[27\]"]),
+    "features of w_ih": (lambda: lstm(weights=[x(28, 6), x(28, 7), x(28), x(28)]), RuntimeError, [r"weights\[0\]", r"\[28, 5\]", r"\[28, 6\]"]),
+    "shape of w_hr": (lambda: lstm(weights=[x(28, 5), x(28, 3), x(28), x(28), x(2, 7)], hx=(x(1, 2, 3), x(1, 2, 7))), RuntimeError, [r"weights\[4\]", r"\[3, 7\]", r"\[2, 7\]"]),
+    "dtype of a weight": (lambda: lstm(weights=[x(28, 5), x(28, 7, dtype=F64), x(28), x(28)]), RuntimeError, [r"weights\[1\]", "float32", "float64"]),
+    "shape of h0": (lambda: lstm(hx=(x(2, 2, 7), x(1, 2, 7))), RuntimeError, ["h0", r"\[1, 2, 7\]", r"\[2, 2, 7\]"]),
+    "shape of c0": (lambda: lstm(hx=(x(1, 2, 7), x(1, 3, 7))), RuntimeError, ["c0", r"\[1, 2, 7\]", r"\[1, 3, 7\]"]),
+    "one bias of a cell": (lambda: RF.lstm_cell(x(2, 5), (x(2, 7), x(2, 7)), x(28, 5), x(28, 7), x(28)), ValueError, ["b_ih", "b_hh"]),
+    # functional.attention_pool and AttentionPool
+    "pool: 2-D input": (lambda: pool(input=x(4, 5)), RuntimeError, ["input", "3 dimensions", r"\[4, 5\]"]),
+    "pool: integers": (lambda: pool(input=x(2, 4, 5, dtype=torch.int64)), RuntimeError, ["input", "floating", "int64"]),
+    "pool: no features": (lambda: pool(input=x(2, 4, 0), v=x(0)), RuntimeError, ["input", "feature", r"\[2, 4, 0\]"]),
+    "pool: v": (lambda: pool(v=x(6)), RuntimeError, [r"\bv\b", r"\[5\]", r"\[6\]"]),
+    "pool: w": (lambda: pool(v=x(3), w=x(3, 6)), RuntimeError, [r"\bw\b", r"\[3, 5\]", r"\[3, 6\]"]),
+    "pool: 1-D w": (lambda: pool(v=x(3), w=x(3)), RuntimeError, [r"\bw\b", r"\[A, 5\]", LIST_3]),
+    "pool: v for w": (lambda: pool(v=x(5), w=x(3, 5)), RuntimeError, [r"\bv\b", LIST_3, r"\[5\]"]),
+    "pool: b": (lambda: pool(v=x(3), w=x(3, 5), b=x(5)), RuntimeError, [r"\bb\b", LIST_3, r"\[5\]"]),
+    "pool: b without w": (lambda: pool(b=x(5)), RuntimeError, ["b without w"]),
+    "pool: dtype of v": (lambda: pool(v=x(5, dtype=F64)), RuntimeError, [r"\bv\b", "float32", "float64"]),
+    "pool: device of v": (lambda: pool(v=x(5, device="meta")), RuntimeError, [r"\bv\b", "cpu", "meta"]),
+    "pool: mask and lengths": (lambda: pool(lengths=[1, 2], mask=x(2, 4, dtype=torch.bool)), ValueError, ["lengths or mask", "both"]),
+    "pool: mask shape": (lambda: pool(mask=x(4, 2, dtype=torch.bool)), ValueError, ["mask", r"\[2, 4\]", r"\[4, 2\]"]),
+    "pool: float mask": (lambda: pool(mask=x(2, 4)), TypeError, ["mask", "bool", "float32"]),
+    "pool: integer mask": (lambda: pool(mask=x(2, 4, dtype=torch.int64)), TypeError, ["mask", "bool", "int64"]),
+    "pool: mask device": (lambda: pool(mask=x(2, 4, dtype=torch.bool, device="meta")), ValueError, ["mask", "cpu", "meta"]),
+    "pool: too long": (lambda: pool(lengths=[5, 1]), ValueError, ["lengths", "0 to 4", "5"]),
+    "pool: float lengths": (lambda: pool(lengths=[1.0, 2.0]), TypeError, ["lengths", "integers", "float32"]),
+    "pool: lengths of another batch": (lambda: pool(lengths=[1, 2, 3]), ValueError, ["lengths", r"\[2\]", LIST_3]),
+    "AttentionPool: features": (lambda: rnnattn.AttentionPool(5)(x(2, 4, 6)), RuntimeError, ["input_size", "5", "6"]),
+    "AttentionPool: rank": (lambda: rnnattn.AttentionPool(5)(x(5)), ValueError, ["2D or 3D", "1D"]),
+    "AttentionPool: packed and lengths": (lambda: rnnattn.AttentionPool(5)(packed(4, 2, 5), lengths=[4, 2]), ValueError, ["lengths", "PackedSequence"]),
+    "AttentionPool: dtype": (lambda: rnnattn.AttentionPool(5)(x(2, 4, 5, dtype=F64)), RuntimeError, [r"\bv\b", "float64", "float32"]),
+    # constructors and settings
+    "unknown score": (lambda: rnnattn.AttentionPool(5, score="dot"), ValueError, ["score", "linear, additive", "'dot'"]),
+    "linear attention_size": (lambda: rnnattn.AttentionPool(5, attention_size=3), ValueError, ["attention_size", "None", "3"]),
+    "no features": (lambda: rnnattn.AttentionPool(0), ValueError, ["input_size", "positive", "0"]),
+    "attention_size": (lambda: rnnattn.AttentionPool(5, "additive", -2), ValueError, ["attention_size", "positive", "-2"]),
+    "num_classes": (lambda: rnnattn.SequenceClassifier(0, 4, 5), ValueError, ["num_classes", "positive", "0"]),
+    "classifier: rank": (lambda: model(x(2, 4)), ValueError, ["features", "3D", "2D"]),
+    "classifier: ids rank": (lambda: rnnattn.SequenceClassifier(3, 4, 5, 10)(torch.ones(2, 4, 5, dtype=torch.int64)), ValueError, ["token ids", "2D", "3D"]),
+    "classifier: too long": (lambda: model(x(2, 4, 5), lengths=[9, 1]), ValueError, ["lengths", "0 to 4", "9"]),
+    "unknown backend": (lambda: rnnattn.use_backend("mps"), ValueError, ["use_backend", "auto, reference, cpp", "'mps'"]),
+    "swap of no module": (lambda: rnnattn.swap([nn.LSTM(2, 3)]), TypeError, ["model", "Module", "list"]),  # type: ignore[arg-type]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_message_says_what_is_wrong(name: str) -> None:
+    call, exception, words = CALLS[name]
+    with pytest.raises(exception) as info:
+        call()
+    assert info.type is exception
+    for word in words:
+        assert re.search(word, str(info.value)), f"{word!r} is not in: {info.value}"
+
+
+def test_an_unknown_backend_changes_nothing() -> None:
+    rnnattn.use_backend("reference")
+    with pytest.raises(ValueError, match="nope"):
+        rnnattn.use_backend("nope")
+    assert rnnattn.backends.selected() == "reference"

@@ -1,0 +1,230 @@
+"""What is particular to the Triton kernels; that they compute the operations, the shared cases show."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_close, relative_error
+from torch import Tensor
+
+from rnnattn import backends, reference
+from rnnattn.backends import triton as adapter
+from rnnattn.backends.base import Call
+
+triton = pytest.importorskip("triton")
+if reason := backends.unavailable("triton"):
+    pytest.skip(f"backend triton: {reason}", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+
+from rnnattn.kernels import linear_pool, lstm_cell_backward, lstm_cell_forward  # noqa: E402
+from rnnattn.kernels.math import sigmoid, tanh, tanh_absolute  # noqa: E402
+from rnnattn.kernels.pool_parts import multiprocessors, split_time  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+BACKEND = backends.get("triton")
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+
+
+def double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def check_pooling(x: Tensor, A: int, lengths: Tensor | None = None, mask: Tensor | None = None) -> None:
+    """Forward and backward against the reference in float64, with random cotangents."""
+    (B, T, D), dtype = x.shape, x.dtype
+    parameters = [normal(A or D, dtype=dtype, scale=(A or D) ** -0.5), None, None]
+    if A:
+        parameters[1:] = normal(A, D, dtype=dtype, scale=D**-0.5), normal(A, dtype=dtype)
+    d_pooled, d_weights = normal(D, B, dtype=dtype).t(), normal(B, T, dtype=dtype)
+
+    def run(pool: Any, convert: Any, *need_weights: bool) -> dict[str, Tensor]:
+        inputs = [convert(value) for value in (x, *parameters, lengths, mask)]
+        pooled, p, lse = pool.attention_pool_forward(*inputs, *need_weights)
+        gradients = pool.attention_pool_backward(convert(d_pooled), convert(d_weights), *inputs, pooled, lse)
+        named = zip(("dx", "dv", "dw", "db"), gradients, strict=True)
+        return {"pooled": pooled, "p": p} | {name: value for name, value in named if value is not None}
+
+    assert_close(run(BACKEND, lambda value: value, True), run(reference, double), "attention_pool", dtype)
+
+
+@pytest.mark.parametrize(
+    "T,block,programs,B", list(itertools.product((1, 16, 17, 999), (1, 16), (1, 7, 528), (1, 3, 600)))
+)
+def test_parts_cover_time_once(T: int, block: int, programs: int, B: int) -> None:
+    S, steps = split_time(B, T, block, programs)
+    assert steps % block == 0 and (S - 1) * steps < T <= S * steps
+    assert S == 1 or programs >= B * S
+
+
+@DTYPES
+@pytest.mark.parametrize("A", [0, 9], ids=["linear", "additive"])
+def test_rows_split_over_time(A: int, dtype: torch.dtype) -> None:
+    T, D = 300, 130
+    block = linear_pool.tile_config(D, T)["BLOCK_T"]
+    assert split_time(2, T, block, linear_pool.PROGRAMS * multiprocessors(DEVICE))[0] > 1
+    check_pooling(normal(2, T, D, dtype=dtype), A, lengths=torch.tensor([T, 70], device=DEVICE))
+
+
+@DTYPES
+def test_a_mask_that_empties_whole_parts(dtype: torch.dtype) -> None:
+    mask = torch.zeros(2, 300, dtype=torch.bool, device=DEVICE)
+    mask[0, 290:] = mask[1, :3] = True
+    x = torch.where(mask[..., None], normal(2, 300, 20, dtype=dtype), torch.nan)
+    check_pooling(x, 0, mask=mask)
+
+
+@pytest.mark.parametrize("chunk", [9, 64, 200], ids="{}_elements".format)
+def test_additive_backward_in_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """One step at a time, parts of a row, and several rows at a time."""
+    monkeypatch.setattr(adapter, "CHUNK", chunk)
+    mask = torch.rand(3, 11, device=DEVICE) < 0.7
+    check_pooling(torch.where(mask[..., None], normal(3, 11, 8), torch.nan), 9, mask=mask)
+
+
+@pytest.mark.parametrize("B,T,limit", [(3, 11, 1), (3, 11, 7), (3, 11, 25), (3, 11, 1000)])
+def test_chunks_cover_everything_once(B: int, T: int, limit: int) -> None:
+    seen = torch.zeros(B, T, dtype=torch.int64)
+    for rows, time in adapter._chunks(B, T, limit):
+        assert seen[rows, time].numel() <= limit
+        seen[rows, time] += 1
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("A", [0, 5], ids=["linear", "additive"])
+@pytest.mark.parametrize("layout", ["time_first", "features_strided", "expanded", "odd_offset"])
+def test_strides_of_x(layout: str, A: int) -> None:
+    x = {
+        "time_first": lambda: normal(20, 3, 12).transpose(0, 1),
+        "features_strided": lambda: normal(3, 20, 24)[..., ::2],
+        "expanded": lambda: normal(1, 20, 12).expand(3, 20, 12),
+        "odd_offset": lambda: normal(3 * 20 * 12 + 1)[1:].view(3, 20, 12),
+    }[layout]()
+    check_pooling(x, A)
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors from `new_empty` lie between zones of NaN, which nobody may overwrite."""
+    zone, allocated = 64, []
+
+    original = torch.Tensor.new_empty
+
+    def new_empty(self: Tensor, *shape: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        if options:  # the interpreter's own
+            return original(self, *shape, dtype=dtype, **options)
+        size = torch.Size(shape[0] if shape and not isinstance(shape[0], int) else shape)
+        memory = torch.full((size.numel() + 2 * zone,), torch.nan, dtype=dtype or self.dtype, device=self.device)
+        allocated.append(memory)
+        return memory[zone : zone + size.numel()].view(size)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield
+    assert allocated
+    for memory in allocated:
+        assert memory[:zone].isnan().all() and memory[-zone:].isnan().all()
+        assert not memory[zone:-zone].isnan().any(), "not written"
+
+
+@DTYPES
+@pytest.mark.parametrize("A", [0, 7], ids=["linear", "additive"])
+def test_pooling_writes_its_outputs_and_nothing_else(guarded: None, A: int, dtype: torch.dtype) -> None:
+    lengths = torch.tensor([37, 0, 5], device=DEVICE)
+    check_pooling(normal(3, 37, 33, dtype=dtype), A, lengths=lengths)
+    check_pooling(normal(1, 200, 9, dtype=dtype), A)
+
+
+@DTYPES
+@pytest.mark.parametrize("H", [1, 37, 300], ids="H{}".format)
+def test_cell_against_autograd(H: int, dtype: torch.dtype) -> None:
+    """Rows with gaps; the outputs are views of NaN, of which only the rows may be overwritten."""
+    B, t, gap = 5, 2, 3
+    lengths = torch.tensor([3, 2, 0, 9, 1], device=DEVICE)
+    valid = (t < lengths)[:, None]
+
+    def rows(width: int, like: torch.dtype = torch.float32) -> Tensor:
+        return torch.full((B, width + gap), torch.nan, dtype=like, device=DEVICE)[:, :width]
+
+    def filled(width: int, like: torch.dtype = torch.float32) -> Tensor:
+        return rows(width, like).copy_(normal(B, width))
+
+    gates_x, gates_h, c_prev, h_prev = filled(4 * H), filled(4 * H), filled(H), filled(H, dtype)
+    gates_x[~valid[:, 0]] = torch.nan
+    gates, c, y, h = rows(4 * H, dtype), rows(H), rows(H, dtype), rows(H, dtype)
+    lstm_cell_forward(gates_x, gates_h, c_prev, h_prev, lengths, t, gates, c, y, h)
+
+    sums = (gates_x.double() + gates_h.double()).requires_grad_()
+    c_before = c_prev.double().requires_grad_()
+    i, f, g, o = sums.chunk(4, -1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c_true = f * c_before + i * g
+    h_true = o * c_true.tanh()
+    truth = {
+        "gates": torch.where(valid, torch.cat([i, f, g, o], -1), 0),
+        "y": torch.where(valid, h_true, 0),
+        "h": torch.where(valid, h_true, h_prev),
+    }
+    assert_close({"gates": gates, "y": y, "h": h}, {k: v.detach() for k, v in truth.items()}, "lstm", dtype)
+    assert relative_error(c, torch.where(valid, c_true, c_before).detach()) < 6 * torch.finfo(torch.float32).eps
+
+    dh, dc, d_gates = filled(H), filled(H), rows(4 * H, dtype)
+    dc_next = dc.clone()
+    dh[~valid[:, 0]] = torch.nan
+    lstm_cell_backward(dh, dc, gates, c, c_prev, lengths, t, d_gates)
+    d_sums, d_before = torch.autograd.grad([h_true, c_true], [sums, c_before], [dh.double(), dc_next.double()])
+    assert_close({"d_gates": d_gates}, {"d_gates": torch.where(valid, d_sums, 0)}, "lstm", dtype)
+    eps = torch.finfo(dtype).eps  # f was rounded to the dtype
+    assert relative_error(dc, torch.where(valid, d_before, dc_next)) < 4 * eps
+    for out in (gates, c, y, h, dc, d_gates):
+        beside = out.as_strided((B - 1, gap), out.stride(), out.storage_offset() + out.shape[1])
+        assert beside.isnan().all(), "wrote beside its rows"
+
+
+@triton.jit
+def _functions_kernel(
+    x,  # [N] fp32
+    y,  # out [3, N] fp32
+    N: tl.constexpr,
+):
+    n = tl.arange(0, N)
+    value = tl.load(x + n)
+    tl.store(y + n, sigmoid(value))
+    tl.store(y + N + n, tanh(value))
+    tl.store(y + 2 * N + n, tanh_absolute(value))
+
+
+def test_elementwise_functions() -> None:
+    powers = torch.logspace(-30, 2, 2045, base=10.0)
+    x = torch.cat([powers, -powers, torch.tensor([0.0, 0.5, -0.5, torch.inf, -torch.inf, torch.nan])]).to(DEVICE)
+    y = x.new_empty(3, x.numel())
+    _functions_kernel[1,](x, y, x.numel())
+    truth = torch.stack([x.double().sigmoid(), x.double().tanh(), x.double().tanh()])
+    assert y[:, -1].isnan().all()
+    error = (y.double() - truth)[:, :-1].abs()
+    # On a GPU exp is 2 ulp off and its argument rounded: exp(-88) has an error of 88 eps / 2.
+    normal_range = truth[:2, :-1].abs() > torch.finfo(torch.float32).tiny
+    assert (error[1] <= 4 * torch.finfo(torch.float32).eps * truth[1, :-1].abs())[normal_range[1]].all()
+    assert (error[0] <= 64 * torch.finfo(torch.float32).eps * truth[0, :-1])[normal_range[0]].all()
+    assert (error[0] <= 2e-7).all() and (error[2] <= 2e-7).all()
+
+
+def test_names_the_reason_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call("attention_pool", "cpu", torch.float32, 2, 3, 4, 0)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in str(BACKEND.unsupported(call))
+    if not torch.cuda.is_available():
+        assert "TRITON_INTERPRET=1" in str(BACKEND.unavailable())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert BACKEND.unavailable() is None and BACKEND.unsupported(call) is None
+    wide = Call("attention_pool", "cpu", torch.float32, 2, 3, adapter.WIDEST + 1, 0)
+    assert "D=8193" in str(BACKEND.unsupported(wide))
+    double_call = Call("lstm", "cpu", torch.float64, 2, 3, 4, 5)
+    assert "float64" in str(BACKEND.unsupported(double_call))
