@@ -41,6 +41,13 @@ class Environment:
     def on_gpu(self) -> bool:
         return self.cudnn != "none"
 
+    @property
+    def engine(self) -> str:
+        """What matters most to a timing on this kind of device."""
+        if self.on_gpu:
+            return f"cuDNN {self.cudnn}, Triton {self.triton}"
+        return f"{self.threads} thread{'s' * (self.threads != 1)}"
+
     def __str__(self) -> str:
         return "\n".join(f"{key:<12} {value}" for key, value in asdict(self).items())
 

@@ -46,8 +46,7 @@ def _on_gpu(found: Sequence[Results]) -> int:
 
 def _device(results: Results, links: Sequence[str]) -> str:
     e = results.environment
-    versions = f"torch {e.torch}, " + (f"cuDNN {e.cudnn}, Triton {e.triton}" if e.on_gpu else f"{e.threads} threads")
-    lines = [f"**{e.device_name}** ({e.isa}; {versions}; commit {e.commit}, {e.date[:10]})", ""]
+    lines = [f"**{e.device_name}** ({e.isa}; torch {e.torch}, {e.engine}; commit {e.commit}, {e.date[:10]})", ""]
     if results.model:
         lines += _table(
             ("digits", "logits differ", "correct", "on torch.nn", "training step", "before", "prediction", "before"),

@@ -18,5 +18,5 @@ TORCH_LIBRARY(rnnattn_native, m) {
   m.def(
       "attention_pool_backward(Tensor? d_pooled, Tensor? d_weights, Tensor x, Tensor v, Tensor? w, Tensor? b, "
       "Tensor? lengths, Tensor? mask, Tensor pooled, Tensor lse) -> (Tensor dx, Tensor dv, Tensor dw, Tensor db)");
-  for (const char* schema : rnnattn::kCudaSchemas) m.def(schema);
+  for (const char* schema : rnnattn::cuda::kCudaSchemas) m.def(schema);
 }

@@ -28,11 +28,15 @@ Row = tuple[int, list[str]]  # class, words
 class TorchClassifier(nn.Module):
     """rnnattn.SequenceClassifier in plain PyTorch, with the same parameters in the same order."""
 
-    def __init__(self, num_classes: int, hidden_size: int, input_size: int, num_embeddings: int, dropout: float) -> None:
+    def __init__(
+        self, num_classes: int, hidden_size: int, input_size: int, num_embeddings: int, dropout: float
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_embeddings, input_size, PADDING)
         self.recurrent = nn.LSTM(input_size, hidden_size, batch_first=True, bidirectional=True)
-        self.score = nn.Sequential(nn.Linear(2 * hidden_size, 2 * hidden_size), nn.Tanh(), nn.Linear(2 * hidden_size, 1))
+        self.score = nn.Sequential(
+            nn.Linear(2 * hidden_size, 2 * hidden_size), nn.Tanh(), nn.Linear(2 * hidden_size, 1)
+        )
         self.dropout = nn.Dropout(dropout)
         self.classes = nn.Linear(2 * hidden_size, num_classes)
 
@@ -89,7 +93,9 @@ def train(model: nn.Module, rows: list[Row], ids: dict[str, int], args: argparse
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, rows: list[Row], ids: dict[str, int], names: list[str], args: argparse.Namespace) -> float:
+def evaluate(
+    model: nn.Module, rows: list[Row], ids: dict[str, int], names: list[str], args: argparse.Namespace
+) -> float:
     """Prints accuracy, recall per class and attended words; returns the accuracy."""
     model.eval()
     found, total, shown = Counter(), Counter(), []
@@ -116,8 +122,9 @@ def main(argv: list[str] | None = None) -> float:
     parser.add_argument("train_csv")
     parser.add_argument("test_csv")
     parser.add_argument("--torch", action="store_true", help="run the same model on torch.nn")
-    for name, value in {"epochs": 5, "steps": 0, "batch-size": 64, "hidden": 64, "embedding": 128, "lr": 4e-3,
-                        "dropout": 0.5, "word-dropout": 0.15, "max-words": 96, "limit": 0, "show": 4, "seed": 0}.items():  # fmt: skip
+    defaults = {"epochs": 5, "steps": 0, "batch-size": 64, "hidden": 64, "embedding": 128, "lr": 4e-3, "dropout": 0.5}
+    defaults |= {"word-dropout": 0.15, "max-words": 96, "limit": 0, "show": 4, "seed": 0}
+    for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default {value}")
     args = parser.parse_args(argv)
     random.seed(args.seed)

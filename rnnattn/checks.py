@@ -15,9 +15,7 @@ def require(condition: bool, message: str) -> None:
         raise RuntimeError(message)
 
 
-def checked_lengths(
-    lengths: Tensor | Sequence[int] | None, B: int, T: int, device: torch.device
-) -> Tensor | None:
+def checked_lengths(lengths: Tensor | Sequence[int] | None, B: int, T: int, device: torch.device) -> Tensor | None:
     """int64 lengths [B] on the device, in [0, T].
 
     Values on the CPU are checked; on another device (or while compiling) reading them would wait
@@ -41,7 +39,9 @@ def checked_lengths(
         if B > 0:
             low, high = (int(value) for value in lengths.aminmax())
             if low < 0 or high > T:
-                raise ValueError(f"lengths: expected values from 0 to {T} (the time steps), got {low if low < 0 else high}")
+                raise ValueError(
+                    f"lengths: expected values from 0 to {T} (the time steps), got {low if low < 0 else high}"
+                )
         return lengths.to(device, non_blocking=True)
     return lengths.to(device).clamp(0, T)
 

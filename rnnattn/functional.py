@@ -61,7 +61,9 @@ def lstm(
     K = 2 if bidirectional else 1
     _check_lstm(x, h0, c0, weights, has_biases, num_layers, K)
     lengths = checked_lengths(lengths, x.shape[1], x.shape[0], x.device)
-    call = lstm_call(x, weights, c0.shape[-1], h0.shape[-1], num_layers, K, lengths is not None, _wants_grad(x, h0, c0, *weights))
+    call = lstm_call(
+        x, weights, c0.shape[-1], h0.shape[-1], num_layers, K, lengths is not None, _wants_grad(x, h0, c0, *weights)
+    )
     backend, _ = backends.select(call)
     if backend == "torch":
         y, h_n, c_n = backends.TORCH.lstm(
@@ -93,9 +95,7 @@ def _stack(
             x = F.dropout(x, dropout)
         states = slice(layer * K, (layer + 1) * K)
         layer_weights = weights[layer * per_layer : (layer + 1) * per_layer]
-        x, h, c = autograd.lstm_layer(
-            x, h0[states], c0[states], layer_weights, lengths, has_biases, direction, backend
-        )
+        x, h, c = autograd.lstm_layer(x, h0[states], c0[states], layer_weights, lengths, has_biases, direction, backend)
         h_n.append(h)
         c_n.append(c)
     if num_layers == 1:
@@ -244,7 +244,7 @@ def _check_pool(x: Tensor, v: Tensor, w: Tensor | None, b: Tensor | None) -> Non
     require(D > 0, f"attention_pool: expected at least one feature, got shape {list(x.shape)}")
     if w is None:
         require(b is None, "attention_pool: expected no b without w (a constant cancels in the softmax)")
-        expected = {"v": (v, (D,))}
+        expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"v": (v, (D,))}
     else:
         require(w.dim() == 2, f"attention_pool: expected w of shape [A, {D}], got {list(w.shape)}")
         expected = {"v": (v, (w.shape[0],)), "w": (w, (w.shape[0], D))}

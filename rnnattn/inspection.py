@@ -41,7 +41,8 @@ class Decision:
 
     def __str__(self) -> str:
         c = self.call
-        head = f"{c.op} {str(c.dtype).removeprefix('torch.')} on {c.device}, B={c.B} T={c.T}: {self.backend} ({self.kernel})"
+        dtype = str(c.dtype).removeprefix("torch.")
+        head = f"{c.op} {dtype} on {c.device}, B={c.B} T={c.T}: {self.backend} ({self.kernel})"
         return "\n".join([head, f"  because {self.reason}", *(f"  {name}: {why}" for name, why in self.others.items())])
 
 
@@ -68,7 +69,13 @@ def explain(module: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     with backends.recording() as choices:
         module(*inputs, **kwargs)
     return Explanation(
-        Decision(call, chosen.backend, backends.get(chosen.backend).kernel(call), chosen.reason, _others(call, chosen.backend))
+        Decision(
+            call,
+            chosen.backend,
+            backends.get(chosen.backend).kernel(call),
+            chosen.reason,
+            _others(call, chosen.backend),
+        )
         for call, chosen in choices
     )
 

@@ -369,15 +369,20 @@ def backend_parameters(*names: str) -> list[Any]:
     return [pytest.param(name, marks=_skipped(name)) for name in names]
 
 
-def runs(cases: Iterable[Case], names: Iterable[str] = tuple(DTYPES)) -> list[Any]:
-    """backend x case x dtype as parameters; one skipped entry for a backend that cannot run here."""
+def runs(cases: Iterable[Case], names: Iterable[str] = tuple(DTYPES), few: bool = False) -> list[Any]:
+    """backend x case x dtype as parameters; one skipped entry for a backend that cannot run here.
+
+    few: long tests, which run in one dtype where the kernels are interpreted.
+    """
     cases, parameters = list(cases), []
     for name in names:
-        marks = _skipped(name)
+        marks, dtypes = _skipped(name), DTYPES[name]
+        if few and name == "triton" and not torch.cuda.is_available():
+            dtypes = (F16,)
         for case in cases[:1] if marks else cases:
             if name == "torch" and isinstance(case, LSTMCase) and (case.B == 0 or case.direction == "reverse"):
                 continue  # torch offers neither
-            for dtype in DTYPES[name][:1] if marks else DTYPES[name]:
+            for dtype in dtypes[:1] if marks else dtypes:
                 parameters.append(pytest.param(name, case, dtype, id=f"{name}-{case.id}-{SHORT[dtype]}", marks=marks))
     return parameters
 

@@ -36,7 +36,7 @@ def test_case_ids_are_unique() -> None:
 @pytest.mark.parametrize("name, case, dtype", runs(POOL_CASES))
 def test_forward_and_backward(name: str, case: PoolCase, dtype: torch.dtype) -> None:
     got = case.run(moved(case.tensors(dtype), device_of(name)), name)
-    assert_close(got, truth(case, dtype), case.op, dtype)
+    assert_close(got, truth(case, dtype), case.op, dtype, name)
     dropped, empty = ~case.kept(), ~case.kept().any(1)
     assert not got["dx"].cpu()[dropped].any()
     assert not got["pooled"].cpu()[empty].any()
@@ -48,7 +48,7 @@ def test_forward_and_backward(name: str, case: PoolCase, dtype: torch.dtype) -> 
 def test_saturation_stays_finite(name: str, case: PoolCase, dtype: torch.dtype) -> None:
     got, want = case.run(moved(case.tensors(dtype), device_of(name)), name), truth(case, dtype)
     forward = ("pooled", "p")
-    assert_close({key: got[key] for key in forward}, {key: want[key] for key in forward}, case.op, dtype)
+    assert_close({key: got[key] for key in forward}, {key: want[key] for key in forward}, case.op, dtype, name)
     assert all(value.isfinite().all() for value in got.values())
 
 
@@ -73,9 +73,9 @@ def test_pooled_does_not_depend_on_asking_for_weights(name: str, case: PoolCase,
         again, p = RF.attention_pool(t["x"], t["v"], t["w"], t["b"], **arguments, need_weights=True)
     want = truth(case, dtype)
     for value in (pooled, again):
-        assert_close({"pooled": value}, {"pooled": want["pooled"]}, case.op, dtype)
+        assert_close({"pooled": value}, {"pooled": want["pooled"]}, case.op, dtype, name)
     assert p is not None
-    assert_close({"p": p}, {"p": want["p"]}, case.op, dtype)
+    assert_close({"p": p}, {"p": want["p"]}, case.op, dtype, name)
 
 
 @pytest.mark.parametrize("name, case, dtype", runs(SOME, OWN))
@@ -210,10 +210,12 @@ def test_results_are_contiguous_and_own_their_memory(backend: str, case: PoolCas
 # --- accuracy beside torch -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, case, dtype", runs([PoolCase(2, 24, 16, 0, "linear"), PoolCase(2, 24, 16, 8, "additive")], OWN))
+BESIDE = [PoolCase(2, 24, 16, 0, "linear"), PoolCase(2, 24, 16, 8, "additive")]
+
+
+@pytest.mark.parametrize("name, case, dtype", runs(BESIDE, OWN, few=True))
 def test_error_is_at_most_torchs(name: str, case: PoolCase, dtype: torch.dtype) -> None:
-    """The median error over 20 seeds is at most 1.1 times that of torch's operations (1.5 from fp32 on), or
-    under 4 eps; the parameters' gradients, where digits cancel, under what the table allows."""
+    """The median error over 20 seeds is at most 1.1 times that of torch's operations (1.5 from fp32 on), or under 4 eps."""
     ours: dict[str, list[float]] = {}
     theirs: dict[str, list[float]] = {}
     for seed in range(20):

@@ -69,7 +69,7 @@ def test_command_line_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert row["error"] < 1e-5 and row["baseline_error"] < 1e-5
         assert row["counts"] == (row["backend"] in results.OWN_BACKENDS)
     pictures = list(out.glob("*.png"))
-    assert len(pictures) == len({(row["op"], row["baseline"]) for row in data["rows"] if row["counts"]})
+    assert len(pictures) == len({(row["op"], row["dtype"]) for row in data["rows"] if row["counts"]})
     for picture in pictures:
         assert_is_a_picture(picture)
 

@@ -31,11 +31,11 @@ TORCH = Path(torch.__file__).parent
 ARCHITECTURES = (80, 90)
 DTYPES = (F32, BF16, F16)
 
-EXTRA_CASES = [
+EXTRA_CASES: list[Case] = [
     LSTMCase(5, 3, 4, 260, "H above one block of units", lengths=(3, 1, 0, 2, 3)),
     PoolCase(2, 300, 24, 0, "time split into parts of several tiles", lengths=(300, 70)),
     PoolCase(2, 100, 8, 20, "time split, additive, a part without a kept step", lengths=(33, 100)),
-    PoolCase(2, 34, 1032, 0, "D above one block of columns, one element at a time in fp32's case too", mask="holes"),
+    PoolCase(2, 34, 1032, 0, "D above one block of fp32 vectors", mask="holes"),
     PoolCase(1, 3, 2056, 0, "D above one block of 16-bit vectors"),
     PoolCase(2, 37, 72, 136, "several tiles of D and of A, vectors", lengths=(37, 20)),
     PoolCase(1, 3, 5, 1030, "A above one block of columns"),
@@ -107,6 +107,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 class Emulated(Cuda):
+    ops: Any = None
+
     def __init__(self, library: Any) -> None:
         self.ops = library
 
@@ -127,12 +129,13 @@ def emulated(library: Any, monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
 def parameters() -> Iterator[Any]:
     """fp16 differs from bf16 in its conversions alone: one case of each operation shows those."""
-    for case in [*LSTM_CASES, *POOL_CASES, *EXTRA_CASES]:
+    cases: list[Case] = [*LSTM_CASES, *POOL_CASES, *EXTRA_CASES]
+    for case in cases:
         for dtype in DTYPES if case in (LSTM_CASES[0], *POOL_CASES[:2]) else (F32, BF16):
             yield pytest.param(case, dtype, id=f"{case.id}-{SHORT[dtype]}")
 
 
-@pytest.mark.parametrize("case, dtype", parameters())
+@pytest.mark.parametrize("case, dtype", list(parameters()))
 def test_emulated(case: Case, dtype: torch.dtype, emulated: Cuda) -> None:
     got = case.run(case.tensors(dtype), "cuda")
     op = "lstm" if isinstance(case, LSTMCase) else "attention_pool"
@@ -170,6 +173,16 @@ def test_cell_with_strided_rows(dtype: torch.dtype, library: Any) -> None:
     library.lstm_cell_backward(dh, dc, outputs[0], outputs[1], c_prev, lengths, 1, d_gates)
     torch.testing.assert_close(dc, dense_dc, rtol=0, atol=0)
     torch.testing.assert_close(d_gates, dense_d_gates, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("A", [0, 6])
+def test_pool_of_rows_that_no_vector_fits(A: int, dtype: torch.dtype, emulated: Cuda) -> None:
+    """Steps of x with contiguous elements, but at odd distances and addresses."""
+    case = PoolCase(3, 5, 8, A, "odd addresses", lengths=(5, 0, 2))
+    t = case.tensors(dtype)
+    t["x"] = torch.nn.functional.pad(t["x"], (1, 2), value=torch.nan)[..., 1:-2]
+    assert_close(case.run(t, "cuda"), truth(case, dtype), "attention_pool", dtype)
 
 
 @pytest.mark.parametrize("A", [0, 6])

@@ -26,7 +26,7 @@ def test_case_ids_are_unique() -> None:
 def test_forward_and_backward(name: str, case: LSTMCase, dtype: torch.dtype) -> None:
     t = moved(case.tensors(dtype), device_of(name))
     got = case.run(t, name)
-    assert_close(got, truth(case, dtype), case.op, dtype)
+    assert_close(got, truth(case, dtype), case.op, dtype, name)
     if case.lengths is not None:
         _assert_padding_is_exact(case, moved(t, torch.device("cpu")), moved(got, torch.device("cpu")))
 
@@ -57,7 +57,7 @@ def test_two_runs_are_bit_equal(name: str, case: LSTMCase, dtype: torch.dtype) -
 def test_inference_gives_the_same_numbers(name: str, case: LSTMCase, dtype: torch.dtype) -> None:
     """Where nothing is saved for a backward pass."""
     got = case.run(moved(case.tensors(dtype), device_of(name)), name, backward=False)
-    assert_close(got, {key: truth(case, dtype)[key] for key in got}, case.op, dtype)
+    assert_close(got, {key: truth(case, dtype)[key] for key in got}, case.op, dtype, name)
 
 
 @pytest.mark.parametrize("backend", backend_parameters("reference", "cpp"))
@@ -247,15 +247,13 @@ def test_opcheck(backend: str, case: LSTMCase, grad: bool) -> None:
         torch.library.opcheck(torch.ops.rnnattn.lstm_layer.default, (*inputs, False, backend))
 
 
-@pytest.mark.parametrize("case", OP_CASES, ids=lambda c: c.id)
 @pytest.mark.parametrize(
     "given, needs_dx, needs_dweights",
     [(("dy", "dh_n", "dc_n"), True, True), (("dy",), False, True), (("dh_n",), True, False)],
     ids=["all", "no_dx", "no_dweights"],
 )
-def test_opcheck_backward(
-    backend: str, case: LSTMCase, given: tuple[str, ...], needs_dx: bool, needs_dweights: bool
-) -> None:
+def test_opcheck_backward(backend: str, given: tuple[str, ...], needs_dx: bool, needs_dweights: bool) -> None:
+    case = PLAIN if needs_dx and needs_dweights else OP_CASES[1]
     t = moved(case.tensors(F32), device_of(backend))
     lengths = None if t["lengths"] is None else t["lengths"].to(device_of(backend))
     layer = (t["x"], t["h0"], t["c0"], t["weights"], lengths)
@@ -285,10 +283,10 @@ def test_results_are_contiguous_and_own_their_memory(backend: str, case: LSTMCas
 # --- accuracy beside torch.nn --------------------------------------------------------------------
 
 
-BESIDE = LSTMCase(1, 6, 16, 64, "beside torch.nn")
+BESIDE = LSTMCase(1, 4, 16, 64, "beside torch.nn")
 
 
-@pytest.mark.parametrize("name, case, dtype", runs([BESIDE], OWN))
+@pytest.mark.parametrize("name, case, dtype", runs([BESIDE], OWN, few=True))
 def test_error_is_at_most_torchs(name: str, case: LSTMCase, dtype: torch.dtype) -> None:
     """The median error over 20 seeds is at most 1.1 times torch.nn's (1.5 from fp32 on), or under 4 eps."""
     device, keys = device_of(name), ("y", "c_n", "dx", "dweights[0]", "dweights[1]", "dweights[2]")

@@ -38,10 +38,18 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
     return difference / size if truth.numel() else 0.0
 
 
-def assert_close(got: dict[str, Tensor], truth: dict[str, Tensor], op: str, dtype: torch.dtype) -> None:
+# Triton's interpreter rounds fp32 to bf16 toward zero, a GPU to nearest: up to twice the error (attention_pool_backward
+# measured 6.1 eps, lstm_large_backward 12.6; in fp16, which the interpreter rounds to nearest, 0.9 and 6).
+INTERPRETED_BF16 = 2
+
+
+def assert_close(
+    got: dict[str, Tensor], truth: dict[str, Tensor], op: str, dtype: torch.dtype, backend: str = ""
+) -> None:
     """Every result has truth's shape, the dtype, and an error within the table (gradients: "d...")."""
     assert got.keys() == truth.keys()
-    eps, worse = torch.finfo(dtype).eps, []
+    interpreted_bf16 = backend == "triton" and dtype == BF16 and not torch.cuda.is_available()
+    eps, worse = torch.finfo(dtype).eps * (INTERPRETED_BF16 if interpreted_bf16 else 1), []
     for name, value in got.items():
         assert value.shape == truth[name].shape, f"{name}: {list(value.shape)}, expected {list(truth[name].shape)}"
         assert value.dtype == dtype, f"{name}: {value.dtype}, expected {dtype}"

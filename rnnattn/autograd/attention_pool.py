@@ -28,9 +28,7 @@ torch.library.define(
 
 @torch.library.impl("rnnattn::attention_pool", "CompositeExplicitAutograd")
 def _forward(x, v, w, b, lengths, mask, need_weights, backend):  # type: ignore[no-untyped-def]
-    pooled, weights, lse = backends.get(backend).attention_pool_forward(
-        x, v, w, b, lengths, mask, need_weights
-    )
+    pooled, weights, lse = backends.get(backend).attention_pool_forward(x, v, w, b, lengths, mask, need_weights)
     return pooled, weights if need_weights else x.new_empty(0), lse
 
 
@@ -59,7 +57,7 @@ class AttentionPooling(torch.autograd.Function):
     """forward(x, v, w, b, lengths, mask, need_weights, backend)."""
 
     @staticmethod
-    def forward(x, v, w, b, lengths, mask, need_weights, backend):  # type: ignore[no-untyped-def, override]
+    def forward(x, v, w, b, lengths, mask, need_weights, backend):  # type: ignore[no-untyped-def]
         return torch.ops.rnnattn.attention_pool(x, v, w, b, lengths, mask, need_weights, backend)
 
     @staticmethod
@@ -72,7 +70,7 @@ class AttentionPooling(torch.autograd.Function):
         ctx.need_weights, ctx.backend = need_weights, backend
 
     @staticmethod
-    def backward(ctx: Any, d_pooled, d_weights, _dlse):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, d_pooled, d_weights, _dlse):  # type: ignore[no-untyped-def]
         x, v, w, b, lengths, mask, pooled, lse = ctx.saved_tensors
         dx, dv, dw, db = torch.ops.rnnattn.attention_pool_backward(
             d_pooled, d_weights if ctx.need_weights else None, x, v, w, b, lengths, mask, pooled, lse, ctx.backend

@@ -79,12 +79,10 @@ class LSTMLayer(torch.autograd.Function):
     """forward(x, h0, c0, lengths, has_biases, direction, backend, *weights)."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def, override]
+    def forward(  # type: ignore[no-untyped-def]
         x, h0, c0, lengths, has_biases, direction, backend, *weights
     ):
-        return torch.ops.rnnattn.lstm_layer(
-            x, h0, c0, list(weights), lengths, has_biases, direction, True, backend
-        )
+        return torch.ops.rnnattn.lstm_layer(x, h0, c0, list(weights), lengths, has_biases, direction, True, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -96,7 +94,7 @@ class LSTMLayer(torch.autograd.Function):
         ctx.settings = has_biases, direction, backend
 
     @staticmethod
-    def backward(ctx: Any, dy, dh_n, dc_n, _dgates, _dcells):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, dy, dh_n, dc_n, _dgates, _dcells):  # type: ignore[no-untyped-def]
         needs = ctx.needs_input_grad
         gradients = _gradients(ctx, dy, dh_n, dc_n, needs[0], any(needs[7:]))
         return *gradients[:3], None, None, None, None, *gradients[3]

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 
 from rnnattn.backends import choice
+from rnnattn.backends.aten import Torch
 from rnnattn.backends.base import Backend, BackendError, Call
 from rnnattn.backends.cpp import Cpp, build_info
 from rnnattn.backends.cuda import Cuda
 from rnnattn.backends.reference import Reference
-from rnnattn.backends.aten import Torch
 from rnnattn.backends.triton import Triton
 
 TORCH = Torch()
@@ -73,10 +73,13 @@ def get(name: str) -> Backend:
     return BACKENDS[name]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unavailable(name: str) -> str | None:
     """Why the named backend cannot run on this machine, or None."""
     return BACKENDS[name].unavailable()
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import Dynamo, which takes seconds.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def objection(name: str, call: Call) -> str | None:
@@ -117,7 +120,7 @@ def _select(call: Call) -> Choice:
         if reason:
             raise BackendError(f"backend {_selected!r} was asked for and cannot run {call.op}: {reason}")
         return Choice(_selected, "asked for by name")
-    passed_over = []
+    passed_over: list[str] = []
     for name, why in choice.order(call):
         reason = objection(name, call)
         if reason is None:

@@ -49,16 +49,14 @@ class Torch(Backend):
         training = training or (dropout == 0 and torch.is_grad_enabled())
         settings = (has_biases, num_layers, dropout, training, bidirectional)
         if lengths is None:
-            return torch._VF.lstm(x, (h0, c0), weights, *settings, False)  # type: ignore[attr-defined, no-any-return]
+            return torch._VF.lstm(x, (h0, c0), weights, *settings, False)
         # torch packs no empty row: such a row runs one step that is then discarded.
         packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
         order, back = packed.sorted_indices, packed.unsorted_indices
         assert order is not None and back is not None
         h, c = h0.index_select(1, order), c0.index_select(1, order)
-        data, h_n, c_n = torch._VF.lstm(packed.data, packed.batch_sizes, (h, c), weights, *settings)  # type: ignore[attr-defined]
-        y, _ = pad_packed_sequence(
-            PackedSequence(data, packed.batch_sizes, order, back), total_length=x.shape[0]
-        )
+        data, h_n, c_n = torch._VF.lstm(packed.data, packed.batch_sizes, (h, c), weights, *settings)
+        y, _ = pad_packed_sequence(PackedSequence(data, packed.batch_sizes, order, back), total_length=x.shape[0])
         empty = (lengths == 0)[None, :, None]
         y = torch.where(valid_steps(lengths, x.shape[0])[..., None], y, 0)
         h_n = torch.where(empty, h0, h_n.index_select(1, back))
@@ -102,7 +100,8 @@ def cudnn_branch(call: Call) -> str:
         return "ATen LSTM with fused cells"
     if call.projection or call.ragged:
         return "cuDNN STANDARD"
-    if call.dtype != torch.float64 and H <= (128 if call.grad else 192):
+    widest = 128 if call.grad else 192
+    if call.dtype != torch.float64 and H <= widest:
         return "cuDNN PERSIST_STATIC_SMALL_H"
     fp16_single = call.dtype == torch.float16 and call.layers == 1 and call.directions == 1
     if fp16_single and H <= 1024 and H % 128 == 0 and call.features % 128 == 0 and persistent_fits:

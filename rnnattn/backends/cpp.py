@@ -57,9 +57,7 @@ class Cpp(Backend):
         return f"C++ kernels ({build_info()['isa']})"
 
     def lstm_layer_forward(self, x, h0, c0, weights, lengths, has_biases, direction, save):  # type: ignore[no-untyped-def]
-        return native().lstm_layer_forward(
-            x, h0, c0, weights, lengths, has_biases, direction, save
-        )
+        return native().lstm_layer_forward(x, h0, c0, weights, lengths, has_biases, direction, save)
 
     def lstm_layer_backward(self, *arguments):  # type: ignore[no-untyped-def]
         return native().lstm_layer_backward(*arguments)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rnnattn.backends import pool_gemms, stepwise
 from rnnattn.backends.base import Backend, Call
-from rnnattn.backends.cpp import extension_error
+from rnnattn.backends.cpp import build_info, extension_error, native
 from rnnattn.reference.attention_pool import kept_steps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,16 +23,17 @@ BLOCKS = 512  # enough of them to fill a GPU
 
 class Cuda(Backend):
     name = "cuda"
-    ops: Any = torch.ops.rnnattn_native
+
+    @property
+    def ops(self) -> Any:
+        return native()
 
     def unavailable(self) -> str | None:
         error = extension_error()
         if error:
             return error
-        from rnnattn import _C
-
-        built = list(_C.build_info()["cuda"])
-        if not built:
+        built = build_info()["cuda"]
+        if not isinstance(built, list) or not built:
             return "the compiled extension was built without CUDA (RNNATTN_BUILD=cuda says why)"
         if not torch.cuda.is_available():
             return "no CUDA device"
@@ -84,9 +85,7 @@ class Cuda(Backend):
         delta = pool_gemms.row_delta(d_pooled, pooled, d_weights, p)
         if w is not None:
             keep = kept_steps(x, lengths, mask)
-            return pool_gemms.additive_backward(
-                self._between_gemms, d_pooled, d_weights, delta, lse, x, v, w, b, keep
-            )
+            return pool_gemms.additive_backward(self._between_gemms, d_pooled, d_weights, delta, lse, x, v, w, b, keep)
         B, T, D = x.shape
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dv = _fp32(x, _blocks(B * -(-T // TILE)), D)
@@ -122,9 +121,7 @@ class Cuda(Backend):
 
     def _additive_scores(self, x, v, w, b, lengths, mask) -> Tensor:  # type: ignore[no-untyped-def]
         scores = _fp32(x, *x.shape[:2])
-        self.ops.additive_scores(
-            x, w.contiguous(), None if b is None else b.contiguous(), v, lengths, mask, scores
-        )
+        self.ops.additive_scores(x, w.contiguous(), None if b is None else b.contiguous(), v, lengths, mask, scores)
         return scores
 
     def _between_gemms(self, product, x, v, b, keep, d_pooled, d_weights, delta, lse, T):  # type: ignore[no-untyped-def]

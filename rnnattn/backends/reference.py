@@ -36,6 +36,4 @@ class Reference(Backend):
     def attention_pool_backward(  # type: ignore[no-untyped-def]
         self, d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse
     ):
-        return reference.attention_pool_backward(
-            d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse
-        )
+        return reference.attention_pool_backward(d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rnnattn.reference import DIRECTIONS, LayerWeights, layer_gradients, split_weights, valid_steps
+from rnnattn.reference import DIRECTIONS, layer_gradients, split_weights, valid_steps
 from rnnattn.reference.lstm import accumulation_dtype
 
 

@@ -122,4 +122,6 @@ class AttentionPool(nn.Module):
     def extra_repr(self) -> str:
         size = "" if self.attention_size is None else f", attention_size={self.attention_size}"
         bias = ", bias=False" if self.score == "additive" and self.bias is None else ""
-        return f"{self.input_size}, score={self.score}{size}{bias}" + ("" if self.batch_first else ", batch_first=False")
+        return f"{self.input_size}, score={self.score}{size}{bias}" + (
+            "" if self.batch_first else ", batch_first=False"
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -28,7 +27,7 @@ class LSTM(nn.RNNBase):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor | PackedSequence,
         hx: State | None = None,
@@ -49,7 +48,7 @@ class LSTM(nn.RNNBase):
         Raises:
             RuntimeError, ValueError, TypeError: as torch.nn.LSTM, or naming the argument.
         """
-        self._update_flat_weights()  # type: ignore[no-untyped-call]
+        self._update_flat_weights()
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("LSTM: expected no lengths with a PackedSequence, which has its own")

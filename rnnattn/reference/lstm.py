@@ -44,9 +44,9 @@ def split_weights(weights: list[Tensor], has_biases: bool, directions: int) -> l
     parts = []
     for k in range(directions):
         w = list(weights[k * per_direction : (k + 1) * per_direction])
-        biases = (w[2], w[3]) if has_biases else (None, None)
+        b_ih, b_hh = (w[2], w[3]) if has_biases else (None, None)
         has_projection = per_direction == (5 if has_biases else 3)
-        parts.append(LayerWeights(w[0], w[1], *biases, w[-1] if has_projection else None))
+        parts.append(LayerWeights(w[0], w[1], b_ih, b_hh, w[-1] if has_projection else None))
     return parts
 
 

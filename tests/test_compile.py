@@ -1,0 +1,160 @@
+"""torch.compile and torch.export see the operations as single nodes and give eager's numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import backend_parameters
+from torch import Tensor, nn
+
+import rnnattn
+
+F64 = torch.float64
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = rnnattn.LSTM(4, 5, 2, batch_first=True, bidirectional=True)
+        self.pool = rnnattn.AttentionPool(10, "additive", 3)
+        self.out = nn.Linear(10, 2)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        y, _ = self.lstm(x, lengths=lengths)
+        pooled, weights = self.pool(y, lengths=lengths, return_weights=True)
+        return self.out(pooled), weights
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=backend_parameters("reference", "cpp"))
+def model(request: pytest.FixtureRequest) -> Any:
+    with rnnattn.use_backend(request.param):
+        yield Model().to(F64)
+
+
+def _inputs(B: int = 3, T: int = 6) -> tuple[Tensor, Tensor]:
+    return torch.randn(B, T, 4, dtype=F64), torch.randint(0, T + 1, (B,))
+
+
+def close(got: Any, want: Any) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def _train(call: Any, model: Model, x: Tensor, lengths: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    logits, weights = call(x, lengths)
+    draw = torch.Generator().manual_seed(3)
+    cotangents = [torch.randn(value.shape, generator=draw, dtype=F64) for value in (logits, weights)]
+    gradients = torch.autograd.grad([logits, weights], [x, *model.parameters()], cotangents)
+    return [logits.detach(), weights.detach(), *gradients]
+
+
+def test_forward_is_eagers(model: Model) -> None:
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x, lengths = _inputs()
+    with torch.no_grad():
+        close(compiled(x, lengths), model(x, lengths))
+
+
+def test_training_is_eagers(model: Model) -> None:
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x, lengths = _inputs()
+    close(_train(compiled, model, x, lengths), _train(model, model, x, lengths))
+
+
+def test_a_dynamic_number_of_steps_compiles_once(model: Model) -> None:
+    compiled = torch.compile(model, fullgraph=True, backend=(counter := _Counter()), dynamic=True)
+    for B, T in ((3, 6), (4, 9), (2, 5)):
+        x, lengths = _inputs(B, T)
+        close(_train(compiled, model, x, lengths), _train(model, model, x, lengths))
+    assert counter.compiled == 1
+
+
+class _Counter:
+    """aot_eager, counting the graphs it is given."""
+
+    def __init__(self) -> None:
+        self.compiled = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.compiled += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+def test_one_node_per_layer(model: Model) -> None:
+    found: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.extend(str(node.target) for node in graph.graph.nodes if "rnnattn" in str(node.target))
+        return graph
+
+    with torch.no_grad():
+        torch.compile(model, fullgraph=True, backend=backend)(*_inputs())
+    assert found.count("rnnattn.lstm_layer") == 2
+    assert found.count("rnnattn.attention_pool") == 1
+
+
+def test_packed_states_and_cells_compile(model: Model) -> None:
+    """Without lengths, with initial states; and a cell unrolled by the user."""
+    lstm, cell = rnnattn.LSTM(4, 5, dtype=F64), rnnattn.LSTMCell(4, 5, dtype=F64)
+
+    def run(x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        y, _ = lstm(x, (h, c))
+        state = h[0], c[0]
+        for t in range(3):
+            state = cell(x[t], state)
+        return y, state[0]
+
+    x, h, c = (torch.randn(s, dtype=F64) for s in ((3, 2, 4), (1, 2, 5), (1, 2, 5)))
+    close(torch.compile(run, fullgraph=True, backend="aot_eager")(x, h, c), run(x, h, c))
+
+
+def test_lengths_are_clamped_in_a_graph(model: Model) -> None:
+    """Their values are not known there: what eager refuses is cut off."""
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x, _ = _inputs(2, 4)
+    with torch.no_grad():
+        close(compiled(x, torch.tensor([9, -1])), model(x, torch.tensor([4, 0])))
+
+
+def test_a_dropout_stack_compiles() -> None:
+    lstm = rnnattn.LSTM(4, 5, 2, dropout=0.5, dtype=F64)
+    compiled = torch.compile(lstm, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 2, 4, dtype=F64)
+    torch.manual_seed(1)
+    want, _ = lstm(x)
+    torch.manual_seed(1)
+    close(compiled(x)[0], want)
+    close(torch.compile(lstm.eval(), fullgraph=True, backend="aot_eager")(x)[0], lstm(x)[0])
+
+
+def test_inductor() -> None:
+    model = Model()
+    x, lengths = torch.randn(3, 6, 4), torch.tensor([6, 0, 3])
+    compiled = torch.compile(model, fullgraph=True)
+    results = []
+    for call in (compiled, model):
+        model.zero_grad()
+        logits, weights = call(x, lengths)
+        (logits.square().sum() + weights.square().sum()).backward()
+        results.append([logits, weights, *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_export(model: Model) -> None:
+    x, lengths = _inputs()
+    time = torch.export.Dim("time", min=2, max=1000)
+    program = torch.export.export(model.eval(), (x, lengths), dynamic_shapes=({1: time}, None))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert sum("rnnattn.lstm_layer" in target for target in targets) == 2
+    for T in (6, 11):
+        x, lengths = _inputs(3, T)
+        close(program.module()(x, lengths), model(x, lengths))

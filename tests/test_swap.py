@@ -1,0 +1,209 @@
+"""swap and unswap: the same model over the same parameters, hooks and settings."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import rnnattn
+
+
+class Tagger(nn.Module):
+    """LSTMs in a list, a dict and a Sequential, one of them in two places, and a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.LSTM(6, 6)
+        self.stack = nn.ModuleList([nn.LSTM(4, 3, 2, bidirectional=True), self.shared])
+        self.parts = nn.ModuleDict({"again": self.shared, "cell": nn.LSTMCell(6, 5)})
+        self.head = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Sequential(nn.LSTM(4, 2, proj_size=1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.stack, self.parts["again"]):
+            x, _ = layer(x)
+        h, _ = self.parts["cell"](x[-1])
+        return self.head(h[None])[0]
+
+
+NAMES = ["shared", "stack.0", "stack.1", "parts.again", "parts.cell", "head.2.0"]
+
+
+def types(model: nn.Module) -> list[type]:
+    return [type(model.get_submodule(name)) for name in NAMES]
+
+
+def test_nested_models_there_and_back() -> None:
+    model, x = Tagger().double(), torch.randn(5, 3, 4, dtype=torch.float64)
+    parameters, children, want = dict(model.named_parameters()), types(model), model(x)
+
+    report = rnnattn.swap(model)
+    assert report.model is model
+    assert sorted(report.swapped) == sorted(NAMES)
+    assert report.left == {}
+    assert str(report).splitlines() == [f"swapped {name}" for name in report.swapped]
+    assert types(model) == [rnnattn.LSTM if t is nn.LSTM else rnnattn.LSTMCell for t in children]
+    assert model.stack[1] is model.shared and model.parts["again"] is model.shared
+    swapped = dict(model.named_parameters())
+    assert list(swapped) == list(parameters)
+    assert all(swapped[name] is parameters[name] for name in parameters)
+    with rnnattn.use_backend("reference"):
+        torch.testing.assert_close(model(x), want, rtol=1e-11, atol=1e-13)
+
+    back = rnnattn.unswap(model)
+    assert sorted(back.swapped) == sorted(NAMES)
+    assert types(model) == children
+    assert model.stack[1] is model.shared
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert torch.equal(model(x), want)
+
+
+def test_swap_is_idempotent() -> None:
+    model = Tagger()
+    rnnattn.swap(model)
+    modules = list(model.modules())
+    report = rnnattn.swap(model)
+    assert report.swapped == [] and report.left == {}
+    assert str(report) == "no recurrent modules found"
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+    plain = Tagger()
+    assert rnnattn.unswap(plain).swapped == []
+
+
+def test_a_root_lstm_is_replaced_in_the_report() -> None:
+    model, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    report = rnnattn.swap(model)
+    assert report.swapped == [""]
+    assert str(report) == "swapped (the model itself)"
+    assert type(model) is nn.LSTM and type(report.model) is rnnattn.LSTM
+    assert report.model.weight_ih_l0 is model.weight_ih_l0
+    torch.testing.assert_close(report.model(x), model(x), rtol=1e-5, atol=1e-6)
+    back = rnnattn.unswap(report.model)
+    assert type(back.model) is nn.LSTM
+    assert torch.equal(back.model(x)[0], model(x)[0])
+
+
+def test_other_modules_are_left_with_a_reason() -> None:
+    class MyLSTM(nn.LSTM):
+        pass
+
+    weight_norm = parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
+    model = nn.ModuleDict(
+        {"gru": nn.GRU(3, 4), "rnn": nn.RNN(3, 4), "cell": nn.GRUCell(3, 4), "mine": MyLSTM(3, 4), "normed": weight_norm,
+         "plain": nn.LSTM(3, 4)}
+    )  # fmt: skip
+    before = dict(model.items())
+    report = rnnattn.swap(model)
+    assert report.swapped == ["plain"]
+    assert set(report.left) == {"gru", "rnn", "cell", "mine", "normed"}
+    assert all(model[name] is before[name] for name in report.left)
+    assert report.left["gru"] == "GRU has no counterpart in rnnattn yet"
+    assert "MyLSTM is a subclass of LSTM" in report.left["mine"]
+    assert "ParametrizedLSTM is a subclass of LSTM" in report.left["normed"]
+    assert "left gru: GRU has no counterpart" in str(report)
+
+
+def test_hooks_fire_and_can_be_removed() -> None:
+    model, fired = nn.Sequential(nn.LSTM(3, 4)), []
+    lstm = model[0]
+
+    def forward(module: nn.Module, args: Any, output: Any) -> None:
+        fired.append(("forward", type(module)))
+
+    handles = [
+        lstm.register_forward_pre_hook(lambda module, args: fired.append(("pre", type(module)))),
+        lstm.register_forward_hook(forward),
+        lstm.register_full_backward_hook(lambda module, gi, go: fired.append(("backward", type(module)))),
+    ]
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    rnnattn.swap(model)
+    model(x)[0].sum().backward()
+    assert fired == [(kind, rnnattn.LSTM) for kind in ("pre", "forward", "backward")]
+    for handle in handles:
+        handle.remove()
+    model(x)[0].sum().backward()
+    assert len(fired) == 3
+    late = model[0].register_forward_hook(forward)
+    rnnattn.unswap(model)
+    model(x)
+    assert fired[3:] == [("forward", nn.LSTM)]
+    late.remove()
+    model(x)
+    assert len(fired) == 4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_settings_are_kept(training: bool) -> None:
+    lstm = nn.LSTM(3, 4, 2, bias=False, batch_first=True, dropout=0.3, bidirectional=True, proj_size=2)
+    lstm.weight_hh_l0.requires_grad_(False)
+    lstm.note = "kept"
+    model = nn.Sequential(lstm.bfloat16()).train(training)
+    want = repr(model)
+    rnnattn.swap(model)
+    assert repr(model) == want
+    assert model[0].training is training
+    assert model[0].note == "kept"
+    assert model[0].weight_ih_l0.dtype == torch.bfloat16
+    assert not model[0].weight_hh_l0.requires_grad
+    model.eval().float()
+    rnnattn.unswap(model)
+    assert not model[0].training and model[0].weight_ih_l0.dtype == torch.float32
+    x = torch.randn(2, 3, 3)
+    torch.testing.assert_close(model(x)[0], rnnattn.swap(copy.deepcopy(model)).model(x)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_optimizer_goes_on() -> None:
+    """Three steps with momentum, the middle one swapped, are three steps of torch.nn."""
+
+    def train(swapped: bool) -> list[Tensor]:
+        torch.manual_seed(2)
+        model, x = nn.Sequential(nn.LSTM(3, 4)).double(), torch.randn(5, 2, 3, dtype=torch.float64)
+        optimizer = torch.optim.Adam(model.parameters(), 0.1)
+        for step in range(3):
+            if swapped and step == 1:
+                rnnattn.swap(model)
+            if swapped and step == 2:
+                rnnattn.unswap(model)
+            optimizer.zero_grad()
+            with rnnattn.use_backend("reference"):
+                model(x)[0].square().sum().backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    torch.testing.assert_close(train(True), train(False), rtol=1e-9, atol=1e-12)
+
+
+def test_checkpoints_and_pickles_cross() -> None:
+    model, x = Tagger(), torch.randn(5, 3, 4)
+    state = copy.deepcopy(model.state_dict())
+    rnnattn.swap(model)
+    other = Tagger()
+    other.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(state, strict=True)
+    want = model(x)
+    for clone in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(clone.shared) is rnnattn.LSTM
+        assert clone.stack[1] is clone.shared and clone.shared is not model.shared
+        assert torch.equal(clone(x), want)
+    torch.testing.assert_close(other(x), want, rtol=1e-5, atol=1e-6)
+    rnnattn.unswap(model)
+    assert type(pickle.loads(pickle.dumps(model)).shared) is nn.LSTM
+
+
+def test_a_swapped_module_follows_its_parameters() -> None:
+    model, x = nn.Sequential(nn.LSTM(3, 4)), torch.randn(5, 2, 3)
+    rnnattn.swap(model)
+    before = model(x)[0]
+    with torch.no_grad():
+        model[0].weight_hh_l0.mul_(2)
+    after = model(x)[0]
+    assert not torch.allclose(after, before)
+    rnnattn.unswap(model)
+    torch.testing.assert_close(model(x)[0], after, rtol=1e-5, atol=1e-6)
+    model.double()
+    assert model(x.double())[0].dtype == torch.float64
