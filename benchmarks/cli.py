@@ -20,7 +20,7 @@ from benchmarks.results import ModelRow, Results, Row, write
 
 OPS = ("digits", "lstm", "attention_pool")
 BACKENDS = {"cpu": ("auto", "cpp"), "cuda": ("auto", "triton", "cuda")}
-SECONDS = {"quick": 2.0, "cpu": 4.0, "gpu": 1.0}
+SECONDS = {"quick": 2.0, "cpu": 4.0, "gpu": 0.5}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", choices=("auto", "cpp", "triton", "cuda"), nargs="+", help="(auto and all usable)")
     p.add_argument("--filter", default="", metavar="REGEX", help="only cases whose name matches; see --list")
     p.add_argument("--list", action="store_true", help="print the names of the cases and stop")
-    p.add_argument("--seconds", type=float, help="time for one case and pass (%(default)s: by suite)")
+    p.add_argument("--seconds", type=float, help="time for one case and pass (by suite)")
     p.add_argument("--epochs", type=int, default=digits.EPOCHS, help="of training the digits model (%(default)s)")
     p.add_argument("--out", type=Path, default=Path("results"), help="folder of the results (%(default)s)")
     p.add_argument("--render", type=Path, metavar="FOLDER", help="rewrite plots and README from result files and stop")

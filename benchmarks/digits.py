@@ -169,7 +169,8 @@ def _row(name: str, trained: Digits, losses: list[float], data: Data, epochs: in
     (step, step_after), (predict, predict_after) = _times(name, trained, after_swap, data, seconds)
     return ModelRow(
         requested=name,
-        backend=training if training == predicting else f"training {training}, predicting {predicting}",
+        backend=_merged(training, predicting, 0),
+        kernel=_merged(training, predicting, 1),
         logit_difference=difference,
         loss_difference=loss_difference,
         losses=first_again,
@@ -192,9 +193,18 @@ def _row(name: str, trained: Digits, losses: list[float], data: Data, epochs: in
     )
 
 
-def _ran(model: Digits, x: Tensor) -> str:
-    """Which backend and kernel run each operation of the model, with gradients as they are enabled here."""
-    return "; ".join(f"{d.call.op}: {d.backend} ({d.kernel})" for d in rnnattn.explain(model, x))
+def _ran(model: Digits, x: Tensor) -> dict[str, tuple[str, str]]:
+    """Operation -> the backend and the kernel that run it, with gradients as they are enabled here."""
+    return {decision.call.op: (decision.backend, decision.kernel) for decision in rnnattn.explain(model, x)}
+
+
+def _merged(training: dict[str, tuple[str, str]], predicting: dict[str, tuple[str, str]], part: int) -> str:
+    """One of the two words for each operation; both of it where training and predicting differ."""
+    texts = []
+    for op, words in training.items():
+        differs = predicting[op][part] != words[part]
+        texts.append(f"{op} {words[part]}" + (f" (predicting: {predicting[op][part]})" if differs else ""))
+    return ", ".join(texts)
 
 
 def _times(name: str, before: Digits, after: Digits, data: Data, seconds: float) -> tuple[list[Timing], list[Timing]]:

@@ -72,7 +72,7 @@ def _model_times(rows: Sequence[ModelRow]) -> Any:
             bars = panel.barh([k + shift for k in range(len(rows))], values, 0.34, color=colour)
             panel.bar_label(bars, [f"{value:.2f} ms" for value in values], padding=3, fontsize=8, color=INK)
         panel.set_xlim(0, 1.25 * max(map(max, times)))
-        _label(panel, title, [row.requested for row in rows])
+        _label(panel, title, [row.backend.replace(", ", "\n") for row in rows])
     _head(figure, "digits: milliseconds before and after the swap", {"torch.nn": BEFORE, "rnnattn": AFTER})
     return figure
 

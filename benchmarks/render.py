@@ -49,10 +49,21 @@ def _device(results: Results, links: Sequence[str]) -> str:
     lines = [f"**{e.device_name}** ({e.isa}; torch {e.torch}, {e.engine}; commit {e.commit}, {e.date[:10]})", ""]
     if results.model:
         lines += _table(
-            ("digits", "logits differ", "correct", "on torch.nn", "training step", "before", "prediction", "before"),
+            (
+                "digits",
+                "ran",
+                "logits differ",
+                "correct",
+                "on torch.nn",
+                "training step",
+                "before",
+                "prediction",
+                "before",
+            ),
             [
                 (
                     row.requested,
+                    row.backend,
                     f"{row.logit_difference:.1e}",
                     f"{row.correct} of {row.images}",
                     f"{row.baseline_correct} of {row.images}",

@@ -72,7 +72,7 @@ def _model_table(rows: Sequence[ModelRow]) -> Any:
     for row in rows:
         table.add_row(
             row.requested,
-            row.backend,
+            f"{row.backend} ({row.kernel})",
             f"{row.logit_difference:.1e}",
             f"{row.loss_difference:.1e}",
             f"{row.correct}/{row.images}",

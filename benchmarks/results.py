@@ -52,6 +52,7 @@ class ModelRow:
 
     requested: str
     backend: str  # what ran, for each operation
+    kernel: str
     logit_difference: float
     loss_difference: float  # the largest over the first losses
     losses: list[float]

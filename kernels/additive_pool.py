@@ -191,8 +191,8 @@ def _backward_kernel(
         if b is not None:
             u += tl.load(b + a, in_a, 0.0).to(tl.float32)[None, :]
         u = tanh_absolute(u)
-        s = tl.sum(u * v_a[None, :], 1)
-        p_n = tl.where(read, tl.exp(s - tl.load(lse + row, read, 0.0)), 0.0)
+        s = tl.where(read, tl.sum(u * v_a[None, :], 1), float("-inf"))
+        p_n = tl.exp(s - tl.load(lse + row, read, 0.0))
         x_lines = line_addresses(x, x_stride, n, d, ALIGN)
         x_n = tl.load(x_lines, read[:, None] & in_d[None, :], 0.0).to(tl.float32)
         d_pooled_n = tl.load(d_pooled + row[:, None] * D + d[None, :], read[:, None] & in_d[None, :], 0.0)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from rnnattn import backends
 from rnnattn._version import __version__
@@ -53,15 +53,15 @@ class Explanation(list[Decision]):
         return "\n".join(map(str, self)) or "no rnnattn operation ran"
 
 
-def explain(module: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
+def explain(module: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
     """Which backend and kernel run `module(*inputs)`, and why.
 
     Runs one forward pass and records every choice made in it, so it tells exactly what that call
     does, with or without gradients as they are enabled here.
 
     Args:
-        module: any module that contains rnnattn's modules.
-        inputs, kwargs: what its forward takes.
+        module: any module that contains rnnattn's modules, or any callable.
+        inputs, kwargs: what it takes.
 
     Raises:
         BackendError: the backend asked for by name cannot run the call.

@@ -57,8 +57,9 @@ class LSTMCase:
     @property
     def id(self) -> str:
         flags = [
-            self.R and f"R{self.R}", self.layers > 1 and f"L{self.layers}", self.direction != "forward" and self.direction,
-            not self.bias and "nobias", self.lengths is not None and "len" + "_".join(map(str, self.lengths)),
+            self.R and f"R{self.R}", self.layers > 1 and f"L{self.layers}",
+            self.direction != "forward" and self.direction, not self.bias and "nobias",
+            self.lengths is not None and "len" + "_".join(map(str, self.lengths)),
             self.lengths_as != "int64" and self.lengths_as, self.states and "states",
             len(self.cotangents) < 3 and "only_" + "_".join(self.cotangents),
             self.layout != "contiguous" and self.layout, self.nan and "nan", self.scale != 1 and f"x{self.scale:g}",
@@ -270,7 +271,8 @@ LSTM_CASES = [
              lengths=(2, 4, 0), states=True),
     LSTMCase(3, 4, 5, 6, "only h_n has a cotangent: dy is None", cotangents=("h_n",), states=True),
     LSTMCase(3, 4, 5, 6, "only c_n has a cotangent", cotangents=("c_n",), lengths=(4, 2, 1)),
-    LSTMCase(3, 4, 5, 6, "only y has a cotangent: dh_n and dc_n are None", cotangents=("y",), direction="bidirectional"),
+    LSTMCase(3, 4, 5, 6, "only y has a cotangent: dh_n and dc_n are None", cotangents=("y",),
+             direction="bidirectional"),
     LSTMCase(3, 4, 5, 8, "every tensor has gaps between elements, NaN in them", R=3, layout="strided", states=True,
              lengths=(4, 1, 2)),
     LSTMCase(3, 4, 5, 6, "x and dy are expanded, stride 0, as y.sum().backward() makes them", layout="expanded"),

@@ -13,8 +13,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it in deterministic mode
 
-import rnnattn
 from cases import OWN, backend_parameters
+
+import rnnattn
 
 REQUIRED = [name for name in os.environ.get("RNNATTN_REQUIRE", "").split(",") if name]
 
@@ -57,7 +58,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     name = _required(item.nodeid)
     if report.skipped and name and not hasattr(report, "wasxfail"):
-        report.outcome, report.longrepr = "failed", f"RNNATTN_REQUIRE={name} forbids to skip this test: {report.longrepr}"
+        report.outcome, report.longrepr = "failed", f"RNNATTN_REQUIRE={name} forbids this skip: {report.longrepr}"
     return report
 
 
@@ -69,5 +70,5 @@ def pytest_make_collect_report(
     report = yield
     name = _required(collector.nodeid)
     if report.skipped and name:
-        report.outcome, report.longrepr = "failed", f"RNNATTN_REQUIRE={name} forbids to skip this file: {report.longrepr}"
+        report.outcome, report.longrepr = "failed", f"RNNATTN_REQUIRE={name} forbids this skip: {report.longrepr}"
     return report

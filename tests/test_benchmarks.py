@@ -31,7 +31,8 @@ BY_TORCH = replace(
     ROW, case="B9-T2-I3-H4", backend="torch", ratio=100.0, counts=False, note="auto ran torch's own kernel"
 )
 MODEL_ROW = results.ModelRow(
-    requested="auto", backend="lstm: cpp (C++)", logit_difference=1e-6, loss_difference=1e-6, losses=[2.3, 2.2],
+    requested="auto", backend="lstm torch, attention_pool cpp", kernel="lstm oneDNN, attention_pool C++",
+    logit_difference=1e-6, loss_difference=1e-6, losses=[2.3, 2.2],
     correct=440, baseline_correct=440, images=449, train_ms=2.0, train_spread=0.1, baseline_train_ms=3.0,
     baseline_train_spread=0.1, predict_ms=1.0, predict_spread=0.1, baseline_predict_ms=2.0,
     baseline_predict_spread=0.1, checks={"accuracy": True},

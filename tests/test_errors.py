@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import rnnattn
 from rnnattn import functional as RF
 
-F64 = torch.float64
+F64, I64, BOOL = torch.float64, torch.int64, torch.bool
 Call = Callable[[Any], Any]
 
 
@@ -107,7 +107,9 @@ def test_lstm_raises_as_torch(name: str) -> None:
 
 @pytest.mark.parametrize("name", CELL_CALLS)
 def test_cell_raises_as_torch(name: str) -> None:
-    assert raised(lambda: CELL_CALLS[name](rnnattn.LSTMCell(5, 7))) == raised(lambda: CELL_CALLS[name](nn.LSTMCell(5, 7)))
+    assert raised(lambda: CELL_CALLS[name](rnnattn.LSTMCell(5, 7))) == raised(
+        lambda: CELL_CALLS[name](nn.LSTMCell(5, 7))
+    )
 
 
 @pytest.mark.parametrize("arguments, options", CONSTRUCTORS, ids=str)
@@ -124,6 +126,18 @@ def test_dropout_without_a_second_layer_warns_as_torch() -> None:
 
 
 # --- calls that torch.nn has no check for, or lets fail inside a kernel ----------------------------
+
+
+def rnn(*arguments: Any, **options: Any) -> Any:
+    return rnnattn.LSTM(5, 7)(*arguments, **options)
+
+
+def cell(*arguments: Any) -> Any:
+    return rnnattn.LSTMCell(5, 7)(*arguments)
+
+
+def attention(*arguments: Any, **options: Any) -> Any:
+    return rnnattn.AttentionPool(5)(*arguments, **options)
 
 
 def packed(*shape: int, **options: Any) -> Any:
@@ -146,76 +160,96 @@ def model(*arguments: Any, **options: Any) -> Any:
     return rnnattn.SequenceClassifier(3, 4, 5)(*arguments, **options)
 
 
-LIST_3 = r"\[3\]"
+B2, B3 = r"\[2\]", r"\[3\]"
 # name -> (call, exception, what the message must say, each a regular expression)
 CALLS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     # modules
-    "dtype of h": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), (x(1, 2, 7, dtype=F64),) * 2), RuntimeError, ["h0", "float32", "float64"]),
-    "dtype of c": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), (x(1, 2, 7), x(1, 2, 7, dtype=F64))), RuntimeError, ["c0", "float32", "float64"]),
-    "packed features": (lambda: rnnattn.LSTM(5, 7)(packed(4, 2, 3)), RuntimeError, ["input_size", "5", "3"]),
-    "packed rank": (lambda: rnnattn.LSTM(5, 7)(packed(4, 2, 5, 1)), RuntimeError, ["2 dimensions", "3"]),
-    "packed dtype": (lambda: rnnattn.LSTM(5, 7)(packed(4, 2, 5, dtype=F64)), ValueError, ["float32", "float64"]),
-    "packed batch of h": (lambda: rnnattn.LSTM(5, 7)(packed(4, 2, 5), (x(1, 3, 7), x(1, 3, 7))), RuntimeError, [r"hidden\[0\]", r"\(1, 2, 7\)", r"\[1, 3, 7\]"]),
-    "packed and lengths": (lambda: rnnattn.LSTM(5, 7)(packed(4, 2, 5), lengths=[4, 2]), ValueError, ["lengths", "PackedSequence"]),
-    "device of the input": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5, device="meta")), RuntimeError, ["device", "meta", "cpu"]),
-    "cell dtype": (lambda: rnnattn.LSTMCell(5, 7)(x(2, 5, dtype=F64)), RuntimeError, ["weights", "float64", "float32"]),
-    "cell dtype of c": (lambda: rnnattn.LSTMCell(5, 7)(x(2, 5), (x(2, 7), x(2, 7, dtype=F64))), RuntimeError, ["c0", "float64", "float32"]),
-    "cell state is one tensor": (lambda: rnnattn.LSTMCell(5, 7)(x(2, 5), x(2, 7)), TypeError, ["hx", "tuple", "Tensor"]),
+    "dtype of h": (lambda: rnn(x(4, 2, 5), (x(1, 2, 7, dtype=F64),) * 2), RuntimeError, ["h0", "float32", "float64"]),
+    "dtype of c": (lambda: rnn(x(4, 2, 5), (x(1, 2, 7), x(1, 2, 7, dtype=F64))),
+        RuntimeError, ["c0", "float32", "float64"]),
+    "packed features": (lambda: rnn(packed(4, 2, 3)), RuntimeError, ["input_size", "5", "3"]),
+    "packed rank": (lambda: rnn(packed(4, 2, 5, 1)), RuntimeError, ["2 dimensions", "3"]),
+    "packed dtype": (lambda: rnn(packed(4, 2, 5, dtype=F64)), ValueError, ["float32", "float64"]),
+    "packed batch of h": (lambda: rnn(packed(4, 2, 5), (x(1, 3, 7), x(1, 3, 7))),
+        RuntimeError, [r"hidden\[0\]", r"\(1, 2, 7\)", r"\[1, 3, 7\]"]),
+    "packed and lengths": (lambda: rnn(packed(4, 2, 5), lengths=[4, 2]), ValueError, ["lengths", "PackedSequence"]),
+    "device of the input": (lambda: rnn(x(4, 2, 5, device="meta")), RuntimeError, ["device", "meta", "cpu"]),
+    "cell dtype": (lambda: cell(x(2, 5, dtype=F64)), RuntimeError, ["weights", "float64", "float32"]),
+    "cell dtype of c": (lambda: cell(x(2, 5), (x(2, 7), x(2, 7, dtype=F64))),
+        RuntimeError, ["c0", "float64", "float32"]),
+    "cell state is one tensor": (lambda: cell(x(2, 5), x(2, 7)), TypeError, ["hx", "tuple", "Tensor"]),
     # lengths
-    "too long": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), lengths=[5, 2]), ValueError, ["lengths", "0 to 4", "5"]),
-    "negative length": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), lengths=torch.tensor([4, -1])), ValueError, ["lengths", "0 to 4", "-1"]),
-    "batch first, too long": (lambda: rnnattn.LSTM(5, 7, batch_first=True)(x(2, 4, 5), lengths=[5, 2]), ValueError, ["lengths", "0 to 4", "5"]),
-    "float lengths": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), lengths=torch.tensor([4.0, 2.0])), TypeError, ["lengths", "integers", "float32"]),
-    "bool lengths": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), lengths=torch.tensor([True, False])), TypeError, ["lengths", "integers", "bool"]),
-    "lengths of another batch": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), lengths=[4, 2, 1]), ValueError, ["lengths", r"\[2\]", LIST_3]),
-    "2-D lengths": (lambda: rnnattn.LSTM(5, 7)(x(4, 2, 5), lengths=torch.ones(2, 1, dtype=torch.int64)), ValueError, ["lengths", r"\[2\]", r"\[2, 1\]"]),
-    "unbatched, too long": (lambda: rnnattn.LSTM(5, 7)(x(4, 5), lengths=[5]), ValueError, ["lengths", "0 to 4", "5"]),
+    "too long": (lambda: rnn(x(4, 2, 5), lengths=[5, 2]), ValueError, ["lengths", "0 to 4", "5"]),
+    "negative length": (lambda: rnn(x(4, 2, 5), lengths=torch.tensor([4, -1])),
+        ValueError, ["lengths", "0 to 4", "-1"]),
+    "batch first, too long": (lambda: rnnattn.LSTM(5, 7, batch_first=True)(x(2, 4, 5), lengths=[5, 2]),
+        ValueError, ["lengths", "0 to 4", "5"]),
+    "float lengths": (lambda: rnn(x(4, 2, 5), lengths=torch.tensor([4.0, 2.0])),
+        TypeError, ["lengths", "integers", "float32"]),
+    "bool lengths": (lambda: rnn(x(4, 2, 5), lengths=torch.tensor([True, False])),
+        TypeError, ["lengths", "integers", "bool"]),
+    "lengths of another batch": (lambda: rnn(x(4, 2, 5), lengths=[4, 2, 1]), ValueError, ["lengths", B2, B3]),
+    "2-D lengths": (lambda: rnn(x(4, 2, 5), lengths=x(2, 1, dtype=I64)), ValueError, ["lengths", B2, r"\[2, 1\]"]),
+    "unbatched, too long": (lambda: rnn(x(4, 5), lengths=[5]), ValueError, ["lengths", "0 to 4", "5"]),
     # functional.lstm
     "2-D input": (lambda: lstm(input=x(4, 5)), RuntimeError, ["input", "3 dimensions", r"\[4, 5\]"]),
-    "integer input": (lambda: lstm(input=x(4, 2, 5, dtype=torch.int64)), RuntimeError, ["input", "floating", "int64"]),
+    "integer input": (lambda: lstm(input=x(4, 2, 5, dtype=I64)), RuntimeError, ["input", "floating", "int64"]),
     "number of weights": (lambda: lstm(weights=[x(28, 5)] * 3), RuntimeError, ["weights", "4 or", "got 3"]),
-    "shape of a weight": (lambda: lstm(weights=[x(28, 5), x(28, 7), x(27), x(28)]), RuntimeError, [r"weights\[2\]", r"\[28\]", r"\[27\]"]),
-    "features of w_ih": (lambda: lstm(weights=[x(28, 6), x(28, 7), x(28), x(28)]), RuntimeError, [r"weights\[0\]", r"\[28, 5\]", r"\[28, 6\]"]),
-    "shape of w_hr": (lambda: lstm(weights=[x(28, 5), x(28, 3), x(28), x(28), x(2, 7)], hx=(x(1, 2, 3), x(1, 2, 7))), RuntimeError, [r"weights\[4\]", r"\[3, 7\]", r"\[2, 7\]"]),
-    "dtype of a weight": (lambda: lstm(weights=[x(28, 5), x(28, 7, dtype=F64), x(28), x(28)]), RuntimeError, [r"weights\[1\]", "float32", "float64"]),
+    "shape of a weight": (lambda: lstm(weights=[x(28, 5), x(28, 7), x(27), x(28)]),
+        RuntimeError, [r"weights\[2\]", r"\[28\]", r"\[27\]"]),
+    "features of w_ih": (lambda: lstm(weights=[x(28, 6), x(28, 7), x(28), x(28)]),
+        RuntimeError, [r"weights\[0\]", r"\[28, 5\]", r"\[28, 6\]"]),
+    "shape of w_hr": (lambda: lstm(hx=(x(1, 2, 3), x(1, 2, 7)), weights=[x(28, 5), x(28, 3), x(28), x(28), x(2, 7)]),
+        RuntimeError, [r"weights\[4\]", r"\[3, 7\]", r"\[2, 7\]"]),
+    "dtype of a weight": (lambda: lstm(weights=[x(28, 5), x(28, 7, dtype=F64), x(28), x(28)]),
+        RuntimeError, [r"weights\[1\]", "float32", "float64"]),
     "shape of h0": (lambda: lstm(hx=(x(2, 2, 7), x(1, 2, 7))), RuntimeError, ["h0", r"\[1, 2, 7\]", r"\[2, 2, 7\]"]),
     "shape of c0": (lambda: lstm(hx=(x(1, 2, 7), x(1, 3, 7))), RuntimeError, ["c0", r"\[1, 2, 7\]", r"\[1, 3, 7\]"]),
-    "one bias of a cell": (lambda: RF.lstm_cell(x(2, 5), (x(2, 7), x(2, 7)), x(28, 5), x(28, 7), x(28)), ValueError, ["b_ih", "b_hh"]),
+    "one bias of a cell": (lambda: RF.lstm_cell(x(2, 5), (x(2, 7), x(2, 7)), x(28, 5), x(28, 7), x(28)),
+        ValueError, ["b_ih", "b_hh"]),
     # functional.attention_pool and AttentionPool
     "pool: 2-D input": (lambda: pool(input=x(4, 5)), RuntimeError, ["input", "3 dimensions", r"\[4, 5\]"]),
-    "pool: integers": (lambda: pool(input=x(2, 4, 5, dtype=torch.int64)), RuntimeError, ["input", "floating", "int64"]),
+    "pool: integers": (lambda: pool(input=x(2, 4, 5, dtype=I64)), RuntimeError, ["input", "floating", "int64"]),
     "pool: no features": (lambda: pool(input=x(2, 4, 0), v=x(0)), RuntimeError, ["input", "feature", r"\[2, 4, 0\]"]),
     "pool: v": (lambda: pool(v=x(6)), RuntimeError, [r"\bv\b", r"\[5\]", r"\[6\]"]),
     "pool: w": (lambda: pool(v=x(3), w=x(3, 6)), RuntimeError, [r"\bw\b", r"\[3, 5\]", r"\[3, 6\]"]),
-    "pool: 1-D w": (lambda: pool(v=x(3), w=x(3)), RuntimeError, [r"\bw\b", r"\[A, 5\]", LIST_3]),
-    "pool: v for w": (lambda: pool(v=x(5), w=x(3, 5)), RuntimeError, [r"\bv\b", LIST_3, r"\[5\]"]),
-    "pool: b": (lambda: pool(v=x(3), w=x(3, 5), b=x(5)), RuntimeError, [r"\bb\b", LIST_3, r"\[5\]"]),
+    "pool: 1-D w": (lambda: pool(v=x(3), w=x(3)), RuntimeError, [r"\bw\b", r"\[A, 5\]", B3]),
+    "pool: v for w": (lambda: pool(v=x(5), w=x(3, 5)), RuntimeError, [r"\bv\b", B3, r"\[5\]"]),
+    "pool: b": (lambda: pool(v=x(3), w=x(3, 5), b=x(5)), RuntimeError, [r"\bb\b", B3, r"\[5\]"]),
     "pool: b without w": (lambda: pool(b=x(5)), RuntimeError, ["b without w"]),
     "pool: dtype of v": (lambda: pool(v=x(5, dtype=F64)), RuntimeError, [r"\bv\b", "float32", "float64"]),
     "pool: device of v": (lambda: pool(v=x(5, device="meta")), RuntimeError, [r"\bv\b", "cpu", "meta"]),
-    "pool: mask and lengths": (lambda: pool(lengths=[1, 2], mask=x(2, 4, dtype=torch.bool)), ValueError, ["lengths or mask", "both"]),
-    "pool: mask shape": (lambda: pool(mask=x(4, 2, dtype=torch.bool)), ValueError, ["mask", r"\[2, 4\]", r"\[4, 2\]"]),
+    "pool: mask and lengths": (lambda: pool(lengths=[1, 2], mask=x(2, 4, dtype=BOOL)),
+        ValueError, ["lengths or mask", "both"]),
+    "pool: mask shape": (lambda: pool(mask=x(4, 2, dtype=BOOL)), ValueError, ["mask", r"\[2, 4\]", r"\[4, 2\]"]),
     "pool: float mask": (lambda: pool(mask=x(2, 4)), TypeError, ["mask", "bool", "float32"]),
-    "pool: integer mask": (lambda: pool(mask=x(2, 4, dtype=torch.int64)), TypeError, ["mask", "bool", "int64"]),
-    "pool: mask device": (lambda: pool(mask=x(2, 4, dtype=torch.bool, device="meta")), ValueError, ["mask", "cpu", "meta"]),
+    "pool: integer mask": (lambda: pool(mask=x(2, 4, dtype=I64)), TypeError, ["mask", "bool", "int64"]),
+    "pool: mask device": (lambda: pool(mask=x(2, 4, dtype=BOOL, device="meta")), ValueError, ["mask", "cpu", "meta"]),
     "pool: too long": (lambda: pool(lengths=[5, 1]), ValueError, ["lengths", "0 to 4", "5"]),
     "pool: float lengths": (lambda: pool(lengths=[1.0, 2.0]), TypeError, ["lengths", "integers", "float32"]),
-    "pool: lengths of another batch": (lambda: pool(lengths=[1, 2, 3]), ValueError, ["lengths", r"\[2\]", LIST_3]),
-    "AttentionPool: features": (lambda: rnnattn.AttentionPool(5)(x(2, 4, 6)), RuntimeError, ["input_size", "5", "6"]),
-    "AttentionPool: rank": (lambda: rnnattn.AttentionPool(5)(x(5)), ValueError, ["2D or 3D", "1D"]),
-    "AttentionPool: packed and lengths": (lambda: rnnattn.AttentionPool(5)(packed(4, 2, 5), lengths=[4, 2]), ValueError, ["lengths", "PackedSequence"]),
-    "AttentionPool: dtype": (lambda: rnnattn.AttentionPool(5)(x(2, 4, 5, dtype=F64)), RuntimeError, [r"\bv\b", "float64", "float32"]),
+    "pool: lengths of another batch": (lambda: pool(lengths=[1, 2, 3]), ValueError, ["lengths", B2, B3]),
+    "AttentionPool: features": (lambda: attention(x(2, 4, 6)), RuntimeError, ["input_size", "5", "6"]),
+    "AttentionPool: rank": (lambda: attention(x(5)), ValueError, ["2D or 3D", "1D"]),
+    "AttentionPool: packed and lengths": (lambda: attention(packed(4, 2, 5), lengths=[4, 2]),
+        ValueError, ["lengths", "PackedSequence"]),
+    "AttentionPool: dtype": (lambda: attention(x(2, 4, 5, dtype=F64)), RuntimeError, [r"\bv\b", "float64", "float32"]),
     # constructors and settings
-    "unknown score": (lambda: rnnattn.AttentionPool(5, score="dot"), ValueError, ["score", "linear, additive", "'dot'"]),
-    "linear attention_size": (lambda: rnnattn.AttentionPool(5, attention_size=3), ValueError, ["attention_size", "None", "3"]),
+    "unknown score": (lambda: rnnattn.AttentionPool(5, score="dot"),
+        ValueError, ["score", "linear, additive", "'dot'"]),
+    "linear attention_size": (lambda: rnnattn.AttentionPool(5, attention_size=3),
+        ValueError, ["attention_size", "None", "3"]),
     "no features": (lambda: rnnattn.AttentionPool(0), ValueError, ["input_size", "positive", "0"]),
-    "attention_size": (lambda: rnnattn.AttentionPool(5, "additive", -2), ValueError, ["attention_size", "positive", "-2"]),
+    "attention_size": (lambda: rnnattn.AttentionPool(5, "additive", -2),
+        ValueError, ["attention_size", "positive", "-2"]),
     "num_classes": (lambda: rnnattn.SequenceClassifier(0, 4, 5), ValueError, ["num_classes", "positive", "0"]),
     "classifier: rank": (lambda: model(x(2, 4)), ValueError, ["features", "3D", "2D"]),
-    "classifier: ids rank": (lambda: rnnattn.SequenceClassifier(3, 4, 5, 10)(torch.ones(2, 4, 5, dtype=torch.int64)), ValueError, ["token ids", "2D", "3D"]),
+    "classifier: ids rank": (lambda: rnnattn.SequenceClassifier(3, 4, 5, 10)(x(2, 4, 5, dtype=I64)),
+        ValueError, ["token ids", "2D", "3D"]),
     "classifier: too long": (lambda: model(x(2, 4, 5), lengths=[9, 1]), ValueError, ["lengths", "0 to 4", "9"]),
-    "unknown backend": (lambda: rnnattn.use_backend("mps"), ValueError, ["use_backend", "auto, reference, cpp", "'mps'"]),
-    "swap of no module": (lambda: rnnattn.swap([nn.LSTM(2, 3)]), TypeError, ["model", "Module", "list"]),  # type: ignore[arg-type]
+    "unknown backend": (lambda: rnnattn.use_backend("mps"),
+        ValueError, ["use_backend", "auto, reference, cpp", "'mps'"]),
+    "swap of no module": (lambda: rnnattn.swap([nn.LSTM(2, 3)]),
+        TypeError, ["model", "Module", "list"]),  # type: ignore[arg-type]
 }  # fmt: skip
 
 

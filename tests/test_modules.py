@@ -28,7 +28,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bidirectional": {"bidirectional": True},
     "projection": {"proj_size": 3},
     "dropout": {"num_layers": 2, "dropout": 0.4},
-    "all": {"num_layers": 2, "bias": False, "batch_first": True, "dropout": 0.25, "bidirectional": True, "proj_size": 2},
+    "all": {
+        "num_layers": 2,
+        "bias": False,
+        "batch_first": True,
+        "dropout": 0.25,
+        "bidirectional": True,
+        "proj_size": 2,
+    },
 }
 options_ids = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -430,7 +437,9 @@ def test_nested_modules_move_and_freeze() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.encoder = nn.ModuleDict({"rnn": rnnattn.LSTM(I, H, batch_first=True), "pool": rnnattn.AttentionPool(H)})
+            self.encoder = nn.ModuleDict(
+                {"rnn": rnnattn.LSTM(I, H, batch_first=True), "pool": rnnattn.AttentionPool(H)}
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.encoder["pool"](self.encoder["rnn"](x)[0])

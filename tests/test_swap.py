@@ -92,10 +92,10 @@ def test_other_modules_are_left_with_a_reason() -> None:
     class MyLSTM(nn.LSTM):
         pass
 
-    weight_norm = parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
+    normed = parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
     model = nn.ModuleDict(
-        {"gru": nn.GRU(3, 4), "rnn": nn.RNN(3, 4), "cell": nn.GRUCell(3, 4), "mine": MyLSTM(3, 4), "normed": weight_norm,
-         "plain": nn.LSTM(3, 4)}
+        {"gru": nn.GRU(3, 4), "rnn": nn.RNN(3, 4), "cell": nn.GRUCell(3, 4), "mine": MyLSTM(3, 4),
+         "normed": normed, "plain": nn.LSTM(3, 4)}
     )  # fmt: skip
     before = dict(model.items())
     report = rnnattn.swap(model)

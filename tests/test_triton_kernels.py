@@ -21,7 +21,7 @@ if reason := backends.unavailable("triton"):
 
 import triton.language as tl  # noqa: E402
 
-from rnnattn.kernels import linear_pool, lstm_cell_backward, lstm_cell_forward  # noqa: E402
+from rnnattn.kernels import additive_pool, linear_pool, lstm_cell_backward, lstm_cell_forward  # noqa: E402
 from rnnattn.kernels.math import sigmoid, tanh, tanh_absolute  # noqa: E402
 from rnnattn.kernels.pool_parts import multiprocessors, split_time  # noqa: E402
 
@@ -84,8 +84,10 @@ def test_a_mask_that_empties_whole_parts(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("chunk", [9, 64, 200], ids="{}_elements".format)
 def test_additive_backward_in_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    """One step at a time, parts of a row, and several rows at a time."""
+    """One step at a time, parts of a row, and several rows at a time, by few programs."""
     monkeypatch.setattr(adapter, "CHUNK", chunk)
+    monkeypatch.setattr(additive_pool, "BACKWARD_PROGRAMS", 2)
+    monkeypatch.setattr(additive_pool, "TILE", 64)
     mask = torch.rand(3, 11, device=DEVICE) < 0.7
     check_pooling(torch.where(mask[..., None], normal(3, 11, 8), torch.nan), 9, mask=mask)
 

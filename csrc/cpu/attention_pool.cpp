@@ -94,11 +94,15 @@ Tensor as_matrix(const F* data, int64_t rows, int64_t columns, int64_t stride) {
 template <typename F>
 struct Score {
   Tensor v, w, b;  // [D] or [A], [A, D] or undefined, [A] or undefined
+  Tensor w_t;      // [D, A] contiguous: products with it run twice as fast as with a transposed view
 
   Score(const Tensor& v_in, const OptionalTensor& w_in, const OptionalTensor& b_in) {
     const auto acc = c10::CppTypeToScalarType<F>::value;
     v = v_in.to(acc).contiguous();
-    if (w_in) w = w_in->to(acc).contiguous();
+    if (w_in) {
+      w = w_in->to(acc).contiguous();
+      w_t = w.t().contiguous();
+    }
     if (b_in) b = b_in->to(acc).contiguous();
   }
   bool additive() const { return w.defined(); }
@@ -113,7 +117,7 @@ struct Score {
   void operator()(const PoolTile<F>& tile, F* u, F* s) const {
     if (!additive()) return kernels<F>().pool_dot(tile, v_data(), s);
     Tensor product = as_matrix(u, tile.steps, A(), A());
-    at::mm_out(product, as_matrix(tile.x, tile.steps, tile.D, tile.x_stride), w.t());
+    at::mm_out(product, as_matrix(tile.x, tile.steps, tile.D, tile.x_stride), w_t);
     kernels<F>().additive_scores({tile.steps, A(), u, b_data(), v_data(), s});
   }
 };
@@ -181,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& v, con
   const Tensor scores = need_weights ? no_scores<F>(x) : Tensor();
   const auto [pooled, lse] = pool<F, S>(x, Score<F>(v, w, b), lengths, mask, scores);
   const Tensor weights = need_weights ? softmax_weights(scores, lse) : at::empty({0}, x.options());
-  return {pooled.to(x.scalar_type()), weights.to(x.scalar_type()), lse};
+  return {pooled, weights.to(x.scalar_type()), lse};
 }
 
 template <typename F, typename S>
@@ -227,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       S* dx_row = dx.data_ptr<S>() + b * T * D;
       tiles.walk(pieces[n], [&](const PoolTile<F>& tile, const int64_t* kept) {
         score(tile, u.data(), s.data());
-        for (int64_t r = 0; r < tile.steps; ++r) p[r] = std::exp(s[r] - lse_data[b]);
+        kernels<F>().pool_exp(tile.steps, s.data(), lse_data[b], p.data());
         if (g_row) kernels<F>().pool_dot(tile, g_row, s.data());
         else std::fill(s.begin(), s.end(), F(0));
         for (int64_t r = 0; r < tile.steps; ++r)

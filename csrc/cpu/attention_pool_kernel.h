@@ -6,32 +6,56 @@
 
 namespace {
 
+// s[0..R) = x[0..R) . v, R rows at a time: the rows share the loads of v, and their separate sums hide
+// the latency of the multiply-add.
+template <int R, typename F>
+inline void dot_rows(const F* x, int64_t stride, int64_t D, const F* v, F* s) {
+  Vec<F> sum[R][2] = {};
+  int64_t d = 0;
+  for (; d + 2 * kLanes<F> <= D; d += 2 * kLanes<F>)
+    for (int k = 0; k < 2; ++k) {
+      const Vec<F> v_d = load(v + d + k * kLanes<F>);
+      for (int r = 0; r < R; ++r) sum[r][k] += load(x + r * stride + d + k * kLanes<F>) * v_d;
+    }
+  for_lanes<F>(d, D, [&](int64_t k, int64_t n) {
+    const Vec<F> v_k = load(v + k, n);
+    for (int r = 0; r < R; ++r) sum[r][0] += load(x + r * stride + k, n) * v_k;
+  });
+  for (int r = 0; r < R; ++r) s[r] = total<F>(sum[r][0] + sum[r][1]);
+}
+
 // s[r] = x[r] . v for every step r of the tile.
 template <typename F>
 void pool_dot(const rnnattn::PoolTile<F>& tile, const F* v, F* s) {
-  const int64_t step = 4 * kLanes<F>, D = tile.D;
-  for (int64_t r = 0; r < tile.steps; ++r) {
-    const F* x = tile.x + r * tile.x_stride;
-    Vec<F> sum[4] = {};  // four chains hide the latency of the multiply-add
-    int64_t d = 0;
-    for (; d + step <= D; d += step)
-      for (int k = 0; k < 4; ++k) sum[k] += load(x + d + k * kLanes<F>) * load(v + d + k * kLanes<F>);
-    for (; d + kLanes<F> <= D; d += kLanes<F>) sum[0] += load(x + d) * load(v + d);
-    if (d < D) sum[1] += load(x + d, D - d) * load(v + d, D - d);
-    s[r] = total<F>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  }
+  int64_t r = 0;
+  for (; r + 4 <= tile.steps; r += 4) dot_rows<4>(tile.x + r * tile.x_stride, tile.x_stride, tile.D, v, s + r);
+  for (; r < tile.steps; ++r) dot_rows<1>(tile.x + r * tile.x_stride, tile.x_stride, tile.D, v, s + r);
 }
 
-// out[d] += sum_r weights[r] x[r][d]
+// p[r] = exp(s[r] - shift), and their sum.
+template <typename F>
+F pool_exp(int64_t steps, const F* s, F shift, F* p) {
+  for_lanes<F>(0, steps, [&](int64_t k, int64_t n) { store<F>(p + k, exp(load(s + k, n) - shift), n); });
+  F sum = 0;
+  for (int64_t r = 0; r < steps; ++r) sum += p[r];
+  return sum;
+}
+
+// out[d] += sum_r weights[r] x[r][d]. The tile is in cache by then, so that memory would be idle: the
+// tile that follows it is fetched meanwhile (where none follows, a prefetch does nothing).
 template <typename F>
 void pool_add(const rnnattn::PoolTile<F>& tile, const F* weights, F* out) {
   const int64_t D = tile.D;
+  const F* next = tile.x + tile.steps * tile.x_stride;
   int64_t d = 0;
   for (; d + 4 * kLanes<F> <= D; d += 4 * kLanes<F>) {
     Vec<F> sum[4];
     for (int k = 0; k < 4; ++k) sum[k] = load(out + d + k * kLanes<F>);
     for (int64_t r = 0; r < tile.steps; ++r)
-      for (int k = 0; k < 4; ++k) sum[k] += weights[r] * load(tile.x + r * tile.x_stride + d + k * kLanes<F>);
+      for (int k = 0; k < 4; ++k) {
+        sum[k] += weights[r] * load(tile.x + r * tile.x_stride + d + k * kLanes<F>);
+        __builtin_prefetch(next + r * tile.x_stride + d + k * kLanes<F>);
+      }
     for (int k = 0; k < 4; ++k) store<F>(out + d + k * kLanes<F>, sum[k]);
   }
   for_lanes<F>(d, D, [&](int64_t k, int64_t n) {
@@ -49,10 +73,8 @@ void pool_softmax(const rnnattn::PoolTile<F>& tile, const F* s, F* p, rnnattn::P
   const F scale = state.sum > 0 ? std::exp(state.max - max) : F(0);
   if (max != state.max)
     for (int64_t d = 0; d < tile.D; ++d) state.acc[d] *= scale;
-  F sum = state.sum * scale;
-  for (int64_t r = 0; r < tile.steps; ++r) sum += p[r] = std::exp(s[r] - max);
   state.max = max;
-  state.sum = sum;
+  state.sum = state.sum * scale + pool_exp(tile.steps, s, max, p);
   pool_add(tile, p, state.acc);
 }
 

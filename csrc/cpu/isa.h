@@ -15,6 +15,7 @@ struct Kernels {
   void (*lstm_backward)(const LstmBackwardStep<F>&, int64_t b, int64_t begin, int64_t end);
   void (*pool_dot)(const PoolTile<F>&, const F* v, F* s);
   void (*pool_add)(const PoolTile<F>&, const F* weights, F* out);
+  F (*pool_exp)(int64_t steps, const F* s, F shift, F* p);
   void (*pool_softmax)(const PoolTile<F>&, const F* s, F* p, PoolState<F>&);
   void (*pool_outer)(const PoolTile<F>&, const F* p, const F* g, const F* ds, const F* v, F* dx, int64_t dx_stride);
   void (*additive_scores)(const AdditiveScores<F>&);

@@ -12,7 +12,7 @@ namespace {
 
 template <typename F>
 constexpr rnnattn::Kernels<F> table() {
-  return {lstm_forward<F>, lstm_backward<F>, pool_dot<F>,           pool_add<F>,
+  return {lstm_forward<F>, lstm_backward<F>, pool_dot<F>,        pool_add<F>,         pool_exp<F>,
           pool_softmax<F>, pool_outer<F>,    additive_scores<F>, additive_gradient<F>};
 }
 

@@ -56,7 +56,7 @@ void softmax_pool_forward(const Tensor x, const OptionalTensor v, const Optional
   op.check_dense("partial", partial, kFloat, {B, S, D});
   op.check_dense("partial_m", partial_m, kFloat, {B, S});
   op.check_dense("partial_sum", partial_sum, kFloat, {B, S});
-  op.check_dense("pooled", pooled, dtype, {B, D});
+  op.check_dense("pooled", pooled, kFloat, {B, D});
   op.check_dense("lse", lse, kFloat, {B});
   op.check_dense("weights", weights, dtype, {B, T});
   STD_TORCH_CHECK(S > 0, "rnnattn ", name, ": partial: expected at least one part, got shape[1] = ", S);
@@ -73,7 +73,7 @@ void softmax_pool_forward(const Tensor x, const OptionalTensor v, const Optional
     launch(vectors ? pool_forward_kernel<Scalar, N> : pool_forward_kernel<Scalar, 1>, grid, dim3(kPoolThreads),
            op.device(), p);
     const PoolCombine<Scalar> joined{B, T, D, S, p.partial, p.partial_m, p.partial_sum, p.scores,
-                                     pointer<Scalar>(pooled), pointer<float>(lse), pointer<Scalar>(weights)};
+                                     pointer<float>(pooled), pointer<float>(lse), pointer<Scalar>(weights)};
     launch(pool_combine_kernel<Scalar>, dim3(static_cast<unsigned>(B), column_blocks(D, 1)), dim3(kPoolThreads),
            op.device(), joined);
   });

@@ -43,7 +43,7 @@ struct PoolCombine {
   const float* partial_m;    // [B, S]
   const float* partial_sum;  // [B, S]
   const float* scores;       // [B, T], -inf where not kept; may be null where weights is
-  Scalar* pooled;            // [B, D] out, zero where a row keeps nothing
+  float* pooled;             // [B, D] out, zero where a row keeps nothing
   float* lse;                // [B] out, -inf where a row keeps nothing
   Scalar* weights;           // [B, T] out; may be null
 };

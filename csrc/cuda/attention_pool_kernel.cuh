@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kPoolThreads, kPoolBlocks) pool_combine_kernel
     m = m_new;
   }
   const float lse = sum == 0.0f ? -INFINITY : m + logf(sum);
-  if (d < p.D) from_float(sum == 0.0f ? 0.0f : pooled / sum, p.pooled[b * p.D + d]);
+  if (d < p.D) p.pooled[b * p.D + d] = sum == 0.0f ? 0.0f : pooled / sum;
   if (blockIdx.y != 0) return;
   if (threadIdx.x == 0) p.lse[b] = lse;
   if (p.weights == nullptr) return;

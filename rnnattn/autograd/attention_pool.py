@@ -36,7 +36,8 @@ def _forward(x, v, w, b, lengths, mask, need_weights, backend):  # type: ignore[
 def _forward_fake(x, v, w, b, lengths, mask, need_weights, backend):  # type: ignore[no-untyped-def]
     B, T, D = x.shape
     weights = x.new_empty((B, T) if need_weights else 0)
-    return x.new_empty(B, D), weights, x.new_empty(B, dtype=accumulation_dtype(x.dtype))
+    acc = accumulation_dtype(x.dtype)
+    return x.new_empty(B, D, dtype=acc), weights, x.new_empty(B, dtype=acc)
 
 
 @torch.library.impl("rnnattn::attention_pool_backward", "CompositeExplicitAutograd")
@@ -99,11 +100,11 @@ def attention_pool(
     need_weights: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """pooled and, on request, the weights; shapes in `rnnattn.reference.attention_pool_forward`."""
+    """pooled and, on request, the weights, in x's dtype; shapes in `rnnattn.reference.attention_pool_forward`."""
     arguments = (x, v, w, b, lengths, mask, need_weights, backend)
     differentiable = any(p is not None and p.requires_grad for p in (x, v, w, b))
     if torch.is_grad_enabled() and differentiable:
         pooled, weights, _ = AttentionPooling.apply(*arguments)
     else:
         pooled, weights, _ = torch.ops.rnnattn.attention_pool(*arguments)
-    return pooled, weights if need_weights else None
+    return pooled.to(x.dtype), weights if need_weights else None

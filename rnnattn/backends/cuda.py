@@ -103,7 +103,7 @@ class Cuda(Backend):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         B, T, D = x.shape
         S = max(1, min(-(-T // TILE), -(-BLOCKS // max(B, 1))))
-        pooled, lse = x.new_empty(B, D), _fp32(x, B)
+        pooled, lse = _fp32(x, B, D), _fp32(x, B)
         weights = x.new_empty(B, T) if need_weights else None
         partial, partial_m, partial_sum = _fp32(x, B, S, D), _fp32(x, B, S), _fp32(x, B, S)
         self.ops.softmax_pool_forward(

@@ -52,13 +52,17 @@ class Triton(Backend):
             return "Triton, linear scores and pooling in one pass over x"
         return "Triton, additive scores and pooling fused; GEMMs in the backward pass"
 
-    def lstm_layer_forward(self, x, *arguments):  # type: ignore[no-untyped-def]
+    def lstm_layer_forward(self, x, h0, c0, weights, lengths, *arguments):  # type: ignore[no-untyped-def]
+        (lengths,) = _contiguous(lengths)
         with _device(x):
-            return stepwise.lstm_layer_forward(_cell(), x, *arguments)
+            return stepwise.lstm_layer_forward(_cell(), x, h0, c0, weights, lengths, *arguments)
 
-    def lstm_layer_backward(self, dy, dh_n, dc_n, x, *arguments):  # type: ignore[no-untyped-def]
+    def lstm_layer_backward(  # type: ignore[no-untyped-def]
+        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, *arguments
+    ):
+        (lengths,) = _contiguous(lengths)
         with _device(x):
-            return stepwise.lstm_layer_backward(_cell(), dy, dh_n, dc_n, x, *arguments)
+            return stepwise.lstm_layer_backward(_cell(), dy, dh_n, dc_n, x, h0, c0, weights, lengths, *arguments)
 
     def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]
         B, T, D = x.shape
@@ -132,7 +136,8 @@ def _additive_backward(
 
     dx = x.new_empty(x.shape)
     dw = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
-    dv, db = torch.zeros(2, v.shape[0], dtype=torch.float32, device=v.device)
+    dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
+    db = torch.zeros_like(dv)
     w_rows, w_columns = stepwise.wide(w), stepwise.wide(w.t())
     for rows, time in _chunks(x.shape[0], x.shape[1], max(1, CHUNK // max(w.shape))):
         x_c = x[rows, time]

@@ -37,7 +37,8 @@ def attention_pool_forward(
         lengths: integers [B], or None. mask: bool [B, T], True = keep, or None. Not both.
 
     Returns:
-        pooled [B, D] and weights p [B, T] in x's dtype, lse [B] in the accumulation type.
+        pooled [B, D] and lse [B] in the accumulation type (the backward's sum_t p_t dp_t is a difference
+        that a rounded pooled would spoil), weights p [B, T] in x's dtype.
     """
     keep = kept_steps(x, lengths, mask)
     acc = accumulation_dtype(x.dtype)
@@ -46,11 +47,11 @@ def attention_pool_forward(
     if keep is not None:
         scores = scores.masked_fill(~keep, float("-inf"))
     if x.shape[1] == 0:
-        return x.new_zeros(x.shape[0], x.shape[2]), x.new_zeros(x.shape[:2]), scores.new_full(x.shape[:1], -torch.inf)
+        return x_acc.sum(1), scores.to(x.dtype), scores.new_full(x.shape[:1], -torch.inf)
     lse = scores.logsumexp(1)
     p = _weights(scores, lse)
     pooled = (p[:, None, :] @ x_acc)[:, 0]
-    return pooled.to(x.dtype), p.to(x.dtype), lse
+    return pooled, p.to(x.dtype), lse
 
 
 def attention_pool_backward(
