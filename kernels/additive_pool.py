@@ -86,7 +86,7 @@ def _forward_kernel(
     lengths,  # [B] int64, or None
     mask,  # [B, T] bool, or None
     scores,  # out [B, T] fp32 at kept steps, or None
-    pooled,  # out [B, S, D]
+    pooled,  # out [B, S, D] fp32
     lse,  # out [B, S] fp32
     T,
     A,
@@ -218,7 +218,7 @@ def additive_pool_forward(
     mask: Tensor | None,  # bool [B, T], True = keep
     scores: Tensor | None,  # out fp32 [B, T], written at kept steps
 ) -> tuple[Tensor, Tensor]:
-    """pooled [B, D] in x's dtype and lse [B] fp32; B, T, A and D are at least 1."""
+    """pooled [B, D] and lse [B], fp32; B, T, A and D are at least 1."""
     (B, T, D), A = x.shape, v.shape[0]
     align = alignment(x)
     config = forward_config(x.dtype, A, D, align)
@@ -228,7 +228,7 @@ def additive_pool_forward(
         x, v, w, b, lengths, mask, scores, pooled, lse,
         T, A, steps, x.stride(0), x.stride(1), ALIGN=align, **config,
     )  # fmt: skip
-    pooled, lse = combine(pooled, lse, x.dtype)
+    pooled, lse = combine(pooled, lse)
     return pooled, lse
 
 

@@ -48,7 +48,7 @@ def _forward_kernel(
     lengths,  # [B] int64, or None
     mask,  # [B, T] bool, or None
     scores,  # out [B, T] fp32 at kept steps, or None
-    pooled,  # out [B, S, D]
+    pooled,  # out [B, S, D] fp32
     lse,  # out [B, S] fp32
     T,
     steps,
@@ -143,7 +143,7 @@ def linear_pool_forward(
     mask: Tensor | None,  # bool [B, T], True = keep
     scores: Tensor | None,  # out fp32 [B, T], written at kept steps
 ) -> tuple[Tensor, Tensor]:
-    """pooled [B, D] in x's dtype and lse [B] fp32; B, T and D are at least 1."""
+    """pooled [B, D] and lse [B], fp32; B, T and D are at least 1."""
     B, T, D = x.shape
     config = tile_config(D, T)
     S, steps = split_time(B, T, config["BLOCK_T"], PROGRAMS * multiprocessors(x.device))
@@ -151,7 +151,7 @@ def linear_pool_forward(
     _forward_kernel[B, S](
         x, v, lengths, mask, scores, pooled, lse, T, steps, x.stride(0), x.stride(1), ALIGN=alignment(x), **config
     )
-    pooled, lse = combine(pooled, lse, x.dtype)
+    pooled, lse = combine(pooled, lse)
     return pooled, lse
 
 

@@ -101,19 +101,18 @@ def alignment(x: Tensor) -> int:
 
 
 def part_outputs(x: Tensor, S: int) -> tuple[Tensor, Tensor]:
-    """pooled [B, S, D] and lse [B, S] for a kernel to fill; final, [B, D] and [B], if S is 1."""
+    """pooled [B, S, D] and lse [B, S], fp32, for a kernel to fill; final, [B, D] and [B], if S is 1."""
     B, _, D = x.shape
-    if S == 1:
-        return x.new_empty(B, D), x.new_empty(B, dtype=torch.float32)
-    return x.new_empty(B, S, D, dtype=torch.float32), x.new_empty(B, S, dtype=torch.float32)
+    shape = (B,) if S == 1 else (B, S)
+    return x.new_empty(*shape, D, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
 
 
-def combine(pooled_parts: Tensor, lse_parts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """pooled [B, D] of the given type and lse [B] from what `part_outputs` made."""
+def combine(pooled_parts: Tensor, lse_parts: Tensor) -> tuple[Tensor, Tensor]:
+    """pooled [B, D] and lse [B] from what `part_outputs` made."""
     if pooled_parts.dim() == 2:
         return pooled_parts, lse_parts
     B, S, D = pooled_parts.shape
-    pooled, lse = pooled_parts.new_empty(B, D, dtype=dtype), lse_parts.new_empty(B)
+    pooled, lse = pooled_parts.new_empty(B, D), lse_parts.new_empty(B)
     _combine_kernel[B, triton.cdiv(D, COMBINE_BLOCK)](
         pooled_parts, lse_parts, pooled, lse, S, D=D, BLOCK=COMBINE_BLOCK, num_warps=4
     )

@@ -87,8 +87,7 @@ def test_explicit_backward_is_autograds(case: LSTMCase) -> None:
     arguments = (x, h0, c0, weights, lengths)
     y, h_n, c_n, gates, cells = reference.lstm_layer_forward(*arguments, case.bias, case.direction)
     given = {"y": y, "h_n": h_n, "c_n": c_n}
-    # autograd's own 0 * NaN is not under test: what stands in dy behind the lengths is zero for it
-    dy = torch.where(case.valid()[..., None], t["dy"], 0)
+    dy = torch.where(case.valid()[..., None], t["dy"], 0)  # autograd's own 0 * NaN is not under test
     cotangents = [dy if name == "y" else t["d" + name] for name in case.cotangents]
     want = torch.autograd.grad([given[name] for name in case.cotangents], leaves, cotangents)
     dx, dh0, dc0, dweights = reference.lstm_layer_backward(
@@ -115,9 +114,8 @@ def test_gradcheck_lstm(direction: str) -> None:
 @pytest.mark.parametrize("case", [case for case in POOL_CASES if case.T > 0 and case.B > 0], ids=lambda case: case.id)
 def test_pooling_is_a_masked_softmax(case: PoolCase) -> None:
     """Forward against torch's operations, backward against autograd through them."""
-    t, keep = case.tensors(F64), case.kept()
-    clean = torch.where(keep[..., None], t["x"], 0)
-    leaves = {"x": clean, "v": t["v"], "w": t["w"], "b": t["b"]}
+    t, clean, keep = case.tensors(F64), case.tensors(F64, poisoned=False), case.kept()
+    leaves = {"x": torch.where(keep[..., None], clean["x"], 0), "v": t["v"], "w": t["w"], "b": t["b"]}
     leaves = {name: p.detach().clone().requires_grad_() for name, p in leaves.items() if p is not None}
     x, v = leaves["x"], leaves["v"]
     scores = torch.tanh(F.linear(x, leaves["w"], leaves.get("b"))) @ v if case.A else x @ v
@@ -132,10 +130,10 @@ def test_pooling_is_a_masked_softmax(case: PoolCase) -> None:
     close(lse[rows], scores.detach()[rows].masked_fill(~keep[rows], -torch.inf).logsumexp(1))
     assert (lse[~rows] == -torch.inf).all()
     if "p" in case.cotangents:
-        want = torch.autograd.grad([pooled, p], list(leaves.values()), [t["dpooled"], t["dp"]])
+        want = torch.autograd.grad([pooled, p], list(leaves.values()), [clean["dpooled"], clean["dp"]])
         got = reference.attention_pool_backward(t["dpooled"], t["dp"], *inputs, got_pooled, lse)
     else:
-        want = torch.autograd.grad(pooled, list(leaves.values()), t["dpooled"])
+        want = torch.autograd.grad(pooled, list(leaves.values()), clean["dpooled"])
         got = reference.attention_pool_backward(t["dpooled"], None, *inputs, got_pooled, lse)
     close([d for d in got if d is not None], [torch.where(keep[..., None], want[0], 0), *want[1:]])
 

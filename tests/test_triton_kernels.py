@@ -12,8 +12,9 @@ from tolerances import assert_close, relative_error
 from torch import Tensor
 
 from rnnattn import backends, reference
-from rnnattn.backends import triton as adapter
+from rnnattn.backends import pool_gemms
 from rnnattn.backends.base import Call
+from rnnattn.backends.triton import WIDEST
 
 triton = pytest.importorskip("triton")
 if reason := backends.unavailable("triton"):
@@ -51,7 +52,7 @@ def check_pooling(x: Tensor, A: int, lengths: Tensor | None = None, mask: Tensor
         pooled, p, lse = pool.attention_pool_forward(*inputs, *need_weights)
         gradients = pool.attention_pool_backward(convert(d_pooled), convert(d_weights), *inputs, pooled, lse)
         named = zip(("dx", "dv", "dw", "db"), gradients, strict=True)
-        return {"pooled": pooled, "p": p} | {name: value for name, value in named if value is not None}
+        return {"pooled": pooled.to(p.dtype), "p": p} | {name: value for name, value in named if value is not None}
 
     assert_close(run(BACKEND, lambda value: value, True), run(reference, double), "attention_pool", dtype)
 
@@ -85,7 +86,7 @@ def test_a_mask_that_empties_whole_parts(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("chunk", [9, 64, 200], ids="{}_elements".format)
 def test_additive_backward_in_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """One step at a time, parts of a row, and several rows at a time, by few programs."""
-    monkeypatch.setattr(adapter, "CHUNK", chunk)
+    monkeypatch.setattr(pool_gemms, "CHUNK", chunk)
     monkeypatch.setattr(additive_pool, "BACKWARD_PROGRAMS", 2)
     monkeypatch.setattr(additive_pool, "TILE", 64)
     mask = torch.rand(3, 11, device=DEVICE) < 0.7
@@ -95,7 +96,7 @@ def test_additive_backward_in_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int
 @pytest.mark.parametrize("B,T,limit", [(3, 11, 1), (3, 11, 7), (3, 11, 25), (3, 11, 1000)])
 def test_chunks_cover_everything_once(B: int, T: int, limit: int) -> None:
     seen = torch.zeros(B, T, dtype=torch.int64)
-    for rows, time in adapter._chunks(B, T, limit):
+    for rows, time in pool_gemms._chunks(B, T, limit):
         assert seen[rows, time].numel() <= limit
         seen[rows, time] += 1
     assert (seen == 1).all()
@@ -226,7 +227,7 @@ def test_names_the_reason_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
         assert "TRITON_INTERPRET=1" in str(BACKEND.unavailable())
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert BACKEND.unavailable() is None and BACKEND.unsupported(call) is None
-    wide = Call("attention_pool", "cpu", torch.float32, 2, 3, adapter.WIDEST + 1, 0)
+    wide = Call("attention_pool", "cpu", torch.float32, 2, 3, WIDEST + 1, 0)
     assert "D=8193" in str(BACKEND.unsupported(wide))
     double_call = Call("lstm", "cpu", torch.float64, 2, 3, 4, 5)
     assert "float64" in str(BACKEND.unsupported(double_call))

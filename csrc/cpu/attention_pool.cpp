@@ -258,8 +258,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   });
   const Tensor sum = shares.sum(0).to(x.scalar_type());
   const auto part = [&](int64_t begin, int64_t size) { return sum.narrow(0, begin, size).clone(); };
-  const Tensor none = at::empty({0}, x.options());
-  return {dx, part(0, n_v), score.additive() ? part(n_v + n_b, n_w).view({A, D}) : none, b_in ? part(n_v, n_b) : none};
+  return {dx, part(0, n_v), score.additive() ? part(n_v + n_b, n_w).view({A, D}) : at::empty({0}, x.options()),
+          part(n_v, b_in ? n_b : 0)};
 }
 
 // Calls run(F{}, S{}) with the accumulation and the storage type of x.

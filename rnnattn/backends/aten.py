@@ -72,13 +72,14 @@ class Torch(Backend):
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """pooled [B, D] and weights [B, T] in the form most user code has."""
-        scores = x @ v if w is None else torch.tanh(F.linear(x, w, b)) @ v
         keep = kept_steps(x, lengths, mask)
+        x = x if keep is None else torch.where(keep[..., None], x, 0)  # 0 * NaN in the bmm would be NaN
+        scores = x @ v if w is None else torch.tanh(F.linear(x, w, b)) @ v
         if keep is None:
             p = scores.softmax(1)
-        else:
-            p = torch.where(keep.any(1, keepdim=True), scores.masked_fill(~keep, -torch.inf).softmax(1), 0)
-        return torch.bmm(p[:, None], x)[:, 0], p
+            return torch.bmm(p[:, None], x)[:, 0], p
+        p = torch.where(keep, scores.masked_fill(~keep, -torch.inf).softmax(1), 0)
+        return torch.where(keep.any(1, keepdim=True), torch.bmm(p[:, None], x)[:, 0], 0), p
 
 
 def cpu_kernel(call: Call) -> str:

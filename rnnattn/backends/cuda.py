@@ -77,7 +77,7 @@ class Cuda(Backend):
         self, d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse
     ):
         x, v, lengths, mask = _dense_rows(x), v.contiguous(), _dense_rows(lengths), _dense_rows(mask)
-        d_pooled = (torch.zeros_like(pooled) if d_pooled is None else d_pooled).float().contiguous()
+        d_pooled = pool_gemms.row_cotangent(d_pooled, pooled, lse)
         p = None
         if d_weights is not None:
             d_weights = d_weights.float().contiguous()

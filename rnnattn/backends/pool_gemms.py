@@ -36,6 +36,13 @@ class AdditiveKernel(Protocol):
         """du [N, A] in x's dtype, p fp32 [N], dv and db fp32 [A]; du and p are zero where not kept."""
 
 
+def row_cotangent(d_pooled: Tensor | None, pooled: Tensor, lse: Tensor) -> Tensor:
+    """d_pooled fp32 [B, D], zero in rows that keep nothing: they pass no gradient, whatever stands there."""
+    if d_pooled is None:
+        return torch.zeros_like(pooled)
+    return d_pooled.float().masked_fill(torch.isinf(lse)[:, None], 0).contiguous()
+
+
 def softmax_weights(scores: Tensor, lse: Tensor) -> Tensor:
     """p = exp(scores - lse) [B, T]; scores are -inf where not kept, lse where a row keeps nothing."""
     return torch.where(torch.isinf(scores), 0, (scores - lse[:, None]).exp())
@@ -68,7 +75,7 @@ def additive_backward(
     """dx, dv, dw, db."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dw = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
-    dv, db = torch.zeros(2, v.shape[0], dtype=torch.float32, device=v.device)
+    dv, db = (torch.zeros(v.shape, dtype=torch.float32, device=v.device) for _ in range(2))
     w_rows, w_columns = wide(w), wide(w.t())
     for rows, time in _chunks(x.shape[0], x.shape[1], max(1, CHUNK // max(w.shape))):
         x_c, keep_c = x[rows, time], None if keep is None else keep[rows, time]

@@ -9,19 +9,17 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from rnnattn.backends import stepwise
+from rnnattn.backends import pool_gemms, stepwise
 from rnnattn.backends.base import Backend, Call
 from rnnattn.reference.attention_pool import kept_steps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192  # features of one step that a pooling kernel still holds in registers
-CHUNK = 2**23  # elements of a workspace of the additive backward
 
 
 class Triton(Backend):
@@ -68,35 +66,35 @@ class Triton(Backend):
         B, T, D = x.shape
         if B == 0 or T == 0:
             weights = x.new_zeros(B, T) if need_weights else None
-            return x.new_zeros(B, D), weights, x.new_full((B,), -torch.inf, dtype=torch.float32)
+            return torch.zeros(B, D, device=x.device), weights, torch.full((B,), -torch.inf, device=x.device)
         with _device(x):
             scores = _empty_scores(x) if need_weights else None
             pooled, lse = _pool(x, v, w, b, lengths, mask, scores)
-            weights = None if scores is None else _weights(scores, lse).to(x.dtype)
+            weights = None if scores is None else pool_gemms.softmax_weights(scores, lse).to(x.dtype)
         return pooled, weights, lse
 
     def attention_pool_backward(  # type: ignore[no-untyped-def]
         self, d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse
     ):
-        from rnnattn.kernels import linear_pool_backward
+        from rnnattn.kernels import additive_pool_backward, linear_pool_backward
 
         if x.shape[0] == 0 or x.shape[1] == 0:
             return tuple(None if p is None else p.new_zeros(p.shape) for p in (x, v, w, b))
         v, b, lengths, mask, d_weights = _contiguous(v, b, lengths, mask, d_weights)
         with _device(x):
-            d_pooled = torch.zeros_like(pooled) if d_pooled is None else d_pooled
-            # a row that keeps nothing passes no gradient, whatever stands in it
-            d_pooled = d_pooled.float().masked_fill(torch.isinf(lse)[:, None], 0).contiguous()
-            delta = (pooled * d_pooled).sum(1)
+            d_pooled, p = pool_gemms.row_cotangent(d_pooled, pooled, lse), None
             if d_weights is not None:
                 scores = _empty_scores(x)
                 _pool(x, v, w, b, lengths, mask, scores)
-                p = _weights(scores, lse)
-                delta += (p * torch.where(p > 0, d_weights, 0)).sum(1)
+                p = pool_gemms.softmax_weights(scores, lse)
+            delta = pool_gemms.row_delta(d_pooled, pooled, d_weights, p)
             if w is None:
                 dx, dv = linear_pool_backward(d_pooled, d_weights, delta, lse, _dense_rows(x), v, lengths, mask)
                 return dx, dv, None, None
-            return _additive_backward(d_pooled, d_weights, delta, lse, x, v, w, b, kept_steps(x, lengths, mask))
+            keep = kept_steps(x, lengths, mask)
+            return pool_gemms.additive_backward(
+                additive_pool_backward, d_pooled, d_weights, delta, lse, x, v, w, b, keep
+            )
 
 
 def _pool(
@@ -120,63 +118,9 @@ def _pool(
     return pooled, lse
 
 
-def _additive_backward(
-    d_pooled: Tensor,  # fp32 [B, D]
-    d_weights: Tensor | None,  # [B, T]
-    delta: Tensor,  # fp32 [B]
-    lse: Tensor,  # fp32 [B]
-    x: Tensor,  # [B, T, D]
-    v: Tensor,  # [A]
-    w: Tensor,  # [A, D]
-    b: Tensor | None,  # [A]
-    keep: Tensor | None,  # bool [B, T]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dx, dv, dw, db in chunks of rows, so that nothing of size [B, T, A] exists."""
-    from rnnattn.kernels import additive_pool_backward
-
-    dx = x.new_empty(x.shape)
-    dw = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
-    dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
-    db = torch.zeros_like(dv)
-    w_rows, w_columns = stepwise.wide(w), stepwise.wide(w.t())
-    for rows, time in _chunks(x.shape[0], x.shape[1], max(1, CHUNK // max(w.shape))):
-        x_c = x[rows, time]
-        keep_c = None if keep is None else keep[rows, time]
-        if keep_c is not None:
-            x_c = torch.where(keep_c[..., None], x_c, 0)
-        nb, nt, D = x_c.shape
-        x_c = _dense_rows(x_c.reshape(nb * nt, D))
-        du, p, dv_c, db_c = additive_pool_backward(
-            stepwise.matmul(x_c, w_columns), x_c, v, b,
-            None if keep_c is None else keep_c.reshape(nb * nt),
-            d_pooled[rows], None if d_weights is None else d_weights[rows, time].reshape(nb * nt),
-            delta[rows], lse[rows], nt,
-        )  # fmt: skip
-        dx_c = stepwise.matmul(du, w_rows).view(nb, nt, D)
-        dx[rows, time] = torch.addcmul(dx_c, p.view(nb, nt, 1), d_pooled[rows, None])
-        dw += stepwise.matmul(du.t(), x_c)
-        dv += dv_c
-        db += db_c
-    return dx, dv.to(v.dtype), dw.to(w.dtype), None if b is None else db.to(b.dtype)
-
-
-def _chunks(B: int, T: int, limit: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks (batch rows, time steps) of at most `limit` elements that cover [B, T]."""
-    nt = min(T, limit)
-    nb = min(B, limit // nt)
-    for b0 in range(0, B, nb):
-        for t0 in range(0, T, nt):
-            yield slice(b0, b0 + nb), slice(t0, t0 + nt)
-
-
 def _empty_scores(x: Tensor) -> Tensor:
     """fp32 [B, T]: -inf, which the kernel overwrites at kept steps."""
     return torch.full(x.shape[:2], -torch.inf, device=x.device)
-
-
-def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    """p = exp(scores - lse) [B, T] fp32; zero in rows that keep nothing, where it would be exp(-inf + inf)."""
-    return torch.where(torch.isinf(lse)[:, None], 0, (scores - lse[:, None]).exp())
 
 
 def _dense_rows(x: Tensor) -> Tensor:

@@ -85,8 +85,9 @@ def attention_pool_backward(
     dp = torch.zeros_like(p)
     dx = torch.zeros_like(x_acc)
     if d_pooled is not None:
-        dp = dp + (x_acc @ d_pooled.to(acc)[..., None])[..., 0]
-        dx = p[..., None] * d_pooled.to(acc)[:, None, :]
+        g = torch.where(torch.isinf(lse)[:, None], 0, d_pooled.to(acc))  # rows that keep nothing pass no gradient
+        dp = dp + (x_acc @ g[..., None])[..., 0]
+        dx = p[..., None] * g[:, None, :]
     if d_weights is not None:
         dp = dp + torch.where(p > 0, d_weights.to(acc), 0)
     ds = p * (dp - (p * dp).sum(1, keepdim=True))
