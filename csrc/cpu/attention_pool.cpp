@@ -14,13 +14,13 @@
 #include <vector>
 
 #include "../dispatch.h"
+#include "../optional_tensor.h"
 #include "isa.h"
 
 namespace rnnattn {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 struct Piece {  // steps [begin, end) of row b
   int64_t b, begin, end;
@@ -277,8 +277,6 @@ auto dispatch(const Tensor& x, const Run& run) {
 
 // Rows of features must be contiguous; batch and time may have any stride.
 Tensor with_contiguous_rows(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous(); }
-
-OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
 
 std::tuple<Tensor, Tensor, Tensor> attention_pool_forward(const Tensor& x, const Tensor& v, const OptionalTensor& w,
                                                           const OptionalTensor& b, const OptionalTensor& lengths,

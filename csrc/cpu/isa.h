@@ -11,8 +11,8 @@ namespace rnnattn {
 
 template <typename F>
 struct Kernels {
-  void (*lstm_forward)(const LstmForwardStep<F>&, int64_t b, int64_t begin, int64_t end);
-  void (*lstm_backward)(const LstmBackwardStep<F>&, int64_t b, int64_t begin, int64_t end);
+  void (*lstm_forward)(const LstmForwardStep<F>&, int64_t b);
+  void (*lstm_backward)(const LstmBackwardStep<F>&, int64_t b);
   void (*pool_dot)(const PoolTile<F>&, const F* v, F* s);
   void (*pool_add)(const PoolTile<F>&, const F* weights, F* out);
   F (*pool_exp)(int64_t steps, const F* s, F shift, F* p);

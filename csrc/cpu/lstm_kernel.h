@@ -1,4 +1,4 @@
-// The pointwise part of an LSTM step: rows b, units [begin, end) of each.
+// The pointwise part of an LSTM step, a row b at a time.
 #pragma once
 
 #include "../lstm.h"
@@ -7,20 +7,19 @@
 namespace {
 
 template <typename F>
-void lstm_forward(const rnnattn::LstmForwardStep<F>& s, int64_t b, int64_t begin, int64_t end) {
+void lstm_forward(const rnnattn::LstmForwardStep<F>& s, int64_t b) {
   const int64_t H = s.H;
   F* a = s.gates + b * 4 * H;
   F* h = s.h + b * s.h_stride;
   const F* c_prev = s.c_prev + b * H;
   F* c = s.c + b * H;
   if (s.lengths && s.t >= s.lengths[b]) {
-    const int64_t bytes = (end - begin) * sizeof(F);
-    for (int gate = 0; gate < 4; ++gate) std::memset(a + gate * H + begin, 0, bytes);
-    std::memset(h + begin, 0, bytes);
-    std::memmove(c + begin, c_prev + begin, bytes);
+    std::memset(a, 0, 4 * H * sizeof(F));
+    std::memset(h, 0, H * sizeof(F));
+    std::memmove(c, c_prev, H * sizeof(F));
     return;
   }
-  for_lanes<F>(begin, end, [&](int64_t u, int64_t n) {
+  for_lanes<F>(0, H, [&](int64_t u, int64_t n) {
     const auto get = [&](const F* p) { return load(p + u, n); };
     const auto put = [&](F* p, Vec<F> v) { store<F>(p + u, v, n); };
     const Vec<F> i = sigmoid(get(a)), f = sigmoid(get(a + H));
@@ -36,18 +35,18 @@ void lstm_forward(const rnnattn::LstmForwardStep<F>& s, int64_t b, int64_t begin
 }
 
 template <typename F>
-void lstm_backward(const rnnattn::LstmBackwardStep<F>& s, int64_t b, int64_t begin, int64_t end) {
+void lstm_backward(const rnnattn::LstmBackwardStep<F>& s, int64_t b) {
   const int64_t H = s.H;
   F* d = s.d_gates + b * 4 * H;
   if (s.lengths && s.t >= s.lengths[b]) {
-    for (int gate = 0; gate < 4; ++gate) std::memset(d + gate * H + begin, 0, (end - begin) * sizeof(F));
+    std::memset(d, 0, 4 * H * sizeof(F));
     return;
   }
   const F* gates = s.gates + b * 4 * H;
   const F *dh_row = s.dh + b * H, *c = s.c + b * H, *c_prev = s.c_prev + b * H;
   const F* dy = s.dy ? s.dy + b * s.dy_stride : nullptr;
   F* dc = s.dc + b * H;
-  for_lanes<F>(begin, end, [&](int64_t u, int64_t n) {
+  for_lanes<F>(0, H, [&](int64_t u, int64_t n) {
     const auto get = [&](const F* p) { return load(p + u, n); };
     const auto put = [&](F* p, Vec<F> v) { store<F>(p + u, v, n); };
     const Vec<F> i = get(gates), f = get(gates + H), g = get(gates + 2 * H), o = get(gates + 3 * H);
