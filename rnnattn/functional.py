@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rnnattn import autograd, backends
 from rnnattn.backends import Call
-from rnnattn.checks import checked_lengths, checked_mask, require
+from rnnattn.checks import check_lstm, check_pool, checked_lengths, checked_mask
 
 SCORES = ("linear", "additive")
 
@@ -56,10 +56,17 @@ def lstm(
     Source: torch.nn.LSTM; equations in `rnnattn.reference.lstm`.
     """
     h0, c0 = hx
+    low = _autocast_dtype(input)
+    if low is not None:
+        with torch.autocast(input.device.type, enabled=False):
+            return lstm(
+                _lowered(input, low), (_lowered(h0, low), _lowered(c0, low)), [_lowered(w, low) for w in weights],
+                has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths,
+            )  # fmt: skip
     weights = list(weights)
     x = input.transpose(0, 1) if batch_first else input
     K = 2 if bidirectional else 1
-    _check_lstm(x, h0, c0, weights, has_biases, num_layers, K)
+    check_lstm(x, h0, c0, weights, has_biases, num_layers, K)
     lengths = checked_lengths(lengths, x.shape[1], x.shape[0], x.device)
     call = lstm_call(
         x, weights, c0.shape[-1], h0.shape[-1], num_layers, K, lengths is not None, _wants_grad(x, h0, c0, *weights)
@@ -165,7 +172,14 @@ def attention_pool(
 
     Source: Bahdanau et al. 2015 (additive scores), Yang et al. 2016 (pooling).
     """
-    _check_pool(input, v, w, b)
+    low = _autocast_dtype(input)
+    if low is not None:
+        w, b = (None if p is None else _lowered(p, low) for p in (w, b))
+        with torch.autocast(input.device.type, enabled=False):
+            return attention_pool(
+                _lowered(input, low), _lowered(v, low), w, b, lengths=lengths, mask=mask, need_weights=need_weights
+            )
+    check_pool(input, v, w, b)
     B, T, _ = input.shape
     if lengths is not None and mask is not None:
         raise ValueError("attention_pool: expected lengths or mask, got both")
@@ -198,58 +212,18 @@ def pool_call(x: Tensor, w: Tensor | None, ragged: bool, grad: bool) -> Call:
     return Call("attention_pool", x.device.type, x.dtype, B, T, D, A, ragged=ragged, grad=grad, compiling=compiling)
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast runs torch's own recurrent layers in; None where it is off."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast casts: floating tensors but float64."""
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
 def _wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _check_lstm(
-    x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], has_biases: bool, num_layers: int, K: int
-) -> None:
-    require(x.dim() == 3, f"lstm: expected input with 3 dimensions, got shape {list(x.shape)}")
-    require(x.dtype.is_floating_point, f"lstm: expected a floating input, got {x.dtype}")
-    require(x.shape[0] > 0, "Expected sequence length to be larger than 0 in RNN")
-    plain = 4 if has_biases else 2
-    per_direction, rest = divmod(len(weights), num_layers * K)
-    require(
-        rest == 0 and per_direction in (plain, plain + 1),
-        f"lstm: expected {plain} or (with a projection) {plain + 1} weights for each of {num_layers} "
-        f"layers and {K} directions, got {len(weights)}",
-    )
-    B, I, H, R = x.shape[1], x.shape[2], weights[0].shape[0] // 4, weights[1].shape[1]
-    _require_state("h0", h0, (num_layers * K, B, R), x)
-    _require_state("c0", c0, (num_layers * K, B, H), x)
-    for n, w in enumerate(weights):
-        layer, part = n // (per_direction * K), n % per_direction
-        features = I if layer == 0 else K * R
-        last = part == per_direction - 1 and per_direction > plain
-        expected = (R, H) if last else ((4 * H, features), (4 * H, R), (4 * H,), (4 * H,))[part]
-        require(w.shape == expected, f"lstm: expected weights[{n}] of shape {list(expected)}, got {list(w.shape)}")
-        _require_like(f"lstm: weights[{n}]", w, x)
-
-
-def _require_state(name: str, state: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    require(state.shape == shape, f"lstm: expected {name} of shape {list(shape)}, got {list(state.shape)}")
-    _require_like(f"lstm: {name}", state, x)
-
-
-def _require_like(name: str, t: Tensor, x: Tensor) -> None:
-    require(t.dtype == x.dtype, f"{name}: expected dtype {x.dtype} as the input has, got {t.dtype}")
-    require(t.device == x.device, f"{name}: expected device {x.device} as the input has, got {t.device}")
-
-
-def _check_pool(x: Tensor, v: Tensor, w: Tensor | None, b: Tensor | None) -> None:
-    require(x.dim() == 3, f"attention_pool: expected input with 3 dimensions [B, T, D], got shape {list(x.shape)}")
-    require(x.dtype.is_floating_point, f"attention_pool: expected a floating input, got {x.dtype}")
-    D = x.shape[2]
-    require(D > 0, f"attention_pool: expected at least one feature, got shape {list(x.shape)}")
-    if w is None:
-        require(b is None, "attention_pool: expected no b without w (a constant cancels in the softmax)")
-        expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"v": (v, (D,))}
-    else:
-        require(w.dim() == 2, f"attention_pool: expected w of shape [A, {D}], got {list(w.shape)}")
-        expected = {"v": (v, (w.shape[0],)), "w": (w, (w.shape[0], D))}
-        if b is not None:
-            expected["b"] = (b, (w.shape[0],))
-    for name, (p, shape) in expected.items():
-        require(p.shape == shape, f"attention_pool: expected {name} of shape {list(shape)}, got {list(p.shape)}")
-        _require_like(f"attention_pool: {name}", p, x)

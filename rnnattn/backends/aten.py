@@ -50,7 +50,9 @@ class Torch(Backend):
         settings = (has_biases, num_layers, dropout, training, bidirectional)
         if lengths is None:
             return torch._VF.lstm(x, (h0, c0), weights, *settings, False)
-        # torch packs no empty row: such a row runs one step that is then discarded.
+        # torch packs no empty row: such a row runs one step, on zeros, that is then discarded.
+        valid = valid_steps(lengths, x.shape[0])[..., None]
+        x = torch.where(valid, x, 0)
         packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
         order, back = packed.sorted_indices, packed.unsorted_indices
         assert order is not None and back is not None
@@ -58,7 +60,7 @@ class Torch(Backend):
         data, h_n, c_n = torch._VF.lstm(packed.data, packed.batch_sizes, (h, c), weights, *settings)
         y, _ = pad_packed_sequence(PackedSequence(data, packed.batch_sizes, order, back), total_length=x.shape[0])
         empty = (lengths == 0)[None, :, None]
-        y = torch.where(valid_steps(lengths, x.shape[0])[..., None], y, 0)
+        y = torch.where(valid, y, 0)
         h_n = torch.where(empty, h0, h_n.index_select(1, back))
         return y, h_n, torch.where(empty, c0, c_n.index_select(1, back))
 

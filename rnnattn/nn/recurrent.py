@@ -66,6 +66,8 @@ class LSTM(nn.RNNBase):
     def _run(
         self, input: Tensor, hx: State, batch_first: bool, lengths: Tensor | Sequence[int] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
         return functional.lstm(
             input, hx, weights, self.bias, self.num_layers, self.dropout, self.training,
