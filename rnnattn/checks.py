@@ -10,11 +10,6 @@ from torch import Tensor
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise RuntimeError(message)
-
-
 def checked_lengths(lengths: Tensor | Sequence[int] | None, B: int, T: int, device: torch.device) -> Tensor | None:
     """int64 lengths [B] on the device, in [0, T].
 
@@ -62,62 +57,74 @@ def check_lstm(
     x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], has_biases: bool, num_layers: int, K: int
 ) -> None:
     """Raises RuntimeError where an argument of `functional.lstm` is off; x is [T, B, I]."""
-    require(x.dim() == 3, f"lstm: expected input with 3 dimensions, got shape {list(x.shape)}")
-    require(x.dtype.is_floating_point, f"lstm: expected a floating input, got {x.dtype}")
-    require(x.shape[0] > 0, "Expected sequence length to be larger than 0 in RNN")
+    if x.dim() != 3:
+        raise RuntimeError(f"lstm: expected input with 3 dimensions, got shape {list(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise RuntimeError(f"lstm: expected a floating input, got {x.dtype}")
+    T, B, I = x.shape
+    if T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     plain = 4 if has_biases else 2
     per_direction, rest = divmod(len(weights), num_layers * K)
-    require(
-        rest == 0 and per_direction in (plain, plain + 1),
-        f"lstm: expected {plain} or (with a projection) {plain + 1} weights for each of {num_layers} "
-        f"layers and {K} directions, got {len(weights)}",
-    )
-    B, I, H, R = x.shape[1], x.shape[2], weights[0].shape[0] // 4, weights[1].shape[1]
-    _require_state("h0", h0, (num_layers * K, B, R), x)
-    _require_state("c0", c0, (num_layers * K, B, H), x)
+    if rest or per_direction not in (plain, plain + 1):
+        raise RuntimeError(
+            f"lstm: expected {plain} or (with a projection) {plain + 1} weights for each of {num_layers} "
+            f"layers and {K} directions, got {len(weights)}"
+        )
+    H, R = weights[0].shape[0] // 4, weights[1].shape[1]
+    for name, state, features in (("h0", h0, R), ("c0", c0, H)):
+        if state.device != x.device:
+            raise RuntimeError(_devices("hidden", x, state))
+        _check_parameter("lstm", name, state, (num_layers * K, B, features), x)
     for n, w in enumerate(weights):
         layer, part = n // (per_direction * K), n % per_direction
-        features = I if layer == 0 else K * R
-        last = part == per_direction - 1 and per_direction > plain
-        expected = (R, H) if last else ((4 * H, features), (4 * H, R), (4 * H,), (4 * H,))[part]
-        require(w.shape == expected, f"lstm: expected weights[{n}] of shape {list(expected)}, got {list(w.shape)}")
-        require(
-            w.device == x.device,
-            f"Input and parameter tensors are not at the same device, found input tensor at {x.device} and parameter "
-            f"tensor at {w.device}",
-        )
-        _require_like(f"lstm: weights[{n}]", w, x)
-
-
-def _require_state(name: str, state: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    require(
-        state.device == x.device,
-        f"Input and hidden tensors are not at the same device, found input tensor at {x.device} and hidden tensor "
-        f"at {state.device}",
-    )
-    require(state.shape == shape, f"lstm: expected {name} of shape {list(shape)}, got {list(state.shape)}")
-    _require_like(f"lstm: {name}", state, x)
-
-
-def _require_like(name: str, t: Tensor, x: Tensor) -> None:
-    require(t.dtype == x.dtype, f"{name}: expected dtype {x.dtype} as the input has, got {t.dtype}")
-    require(t.device == x.device, f"{name}: expected device {x.device} as the input has, got {t.device}")
+        if w.device != x.device:
+            raise RuntimeError(_devices("parameter", x, w))
+        if part == plain:
+            shape: tuple[int, ...] = (R, H)
+        elif part >= 2:
+            shape = (4 * H,)
+        else:
+            shape = (4 * H, R if part == 1 else I if layer == 0 else K * R)
+        if w.shape != shape or w.dtype != x.dtype:
+            _check_parameter("lstm", f"weights[{n}]", w, shape, x)
 
 
 def check_pool(x: Tensor, v: Tensor, w: Tensor | None, b: Tensor | None) -> None:
     """Raises RuntimeError where an argument of `functional.attention_pool` is off."""
-    require(x.dim() == 3, f"attention_pool: expected input with 3 dimensions [B, T, D], got shape {list(x.shape)}")
-    require(x.dtype.is_floating_point, f"attention_pool: expected a floating input, got {x.dtype}")
+    if x.dim() != 3:
+        raise RuntimeError(f"attention_pool: expected input with 3 dimensions [B, T, D], got shape {list(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise RuntimeError(f"attention_pool: expected a floating input, got {x.dtype}")
     D = x.shape[2]
-    require(D > 0, f"attention_pool: expected input with at least one feature, got shape {list(x.shape)}")
+    if D == 0:
+        raise RuntimeError(f"attention_pool: expected input with at least one feature, got shape {list(x.shape)}")
     if w is None:
-        require(b is None, "attention_pool: expected no b without w (a constant cancels in the softmax)")
-        expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {"v": (v, (D,))}
-    else:
-        require(w.dim() == 2, f"attention_pool: expected w of shape [A, {D}], got {list(w.shape)}")
-        expected = {"v": (v, (w.shape[0],)), "w": (w, (w.shape[0], D))}
         if b is not None:
-            expected["b"] = (b, (w.shape[0],))
-    for name, (p, shape) in expected.items():
-        require(p.shape == shape, f"attention_pool: expected {name} of shape {list(shape)}, got {list(p.shape)}")
-        _require_like(f"attention_pool: {name}", p, x)
+            raise RuntimeError("attention_pool: expected no b without w (a constant cancels in the softmax)")
+        _check_parameter("attention_pool", "v", v, (D,), x)
+        return
+    if w.dim() != 2:
+        raise RuntimeError(f"attention_pool: expected w of shape [A, {D}], got {list(w.shape)}")
+    A = w.shape[0]
+    _check_parameter("attention_pool", "v", v, (A,), x)
+    _check_parameter("attention_pool", "w", w, (A, D), x)
+    if b is not None:
+        _check_parameter("attention_pool", "b", b, (A,), x)
+
+
+def _check_parameter(op: str, name: str, p: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if p.shape != shape:
+        raise RuntimeError(f"{op}: expected {name} of shape {list(shape)}, got {list(p.shape)}")
+    if p.dtype != x.dtype:
+        raise RuntimeError(f"{op}: {name}: expected dtype {x.dtype} as the input has, got {p.dtype}")
+    if p.device != x.device:
+        raise RuntimeError(f"{op}: {name}: expected device {x.device} as the input has, got {p.device}")
+
+
+def _devices(kind: str, x: Tensor, other: Tensor) -> str:
+    """torch's words."""
+    return (
+        f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} and {kind} "
+        f"tensor at {other.device}"
+    )

@@ -259,7 +259,7 @@ logits = model(torch.ones(2, 6, 5), lengths=[6, 2])
 logits.sum().backward()
 assert all(p.grad.isfinite().all() for p in model.parameters())
 print(rnnattn.show_config())
-print(rnnattn.explain(model.pool, torch.ones(2, 6, 8)))
+print(rnnattn.explain(model.pool, torch.ones(2, 6, 8), lengths=[6, 2]))
 with rnnattn.use_backend("reference"):
     torch.testing.assert_close(model(torch.ones(2, 6, 5), lengths=[6, 2]), logits)
 rnnattn.use_backend("cpp")

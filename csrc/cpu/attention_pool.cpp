@@ -26,14 +26,17 @@ struct Piece {  // steps [begin, end) of row b
   int64_t b, begin, end;
 };
 
+// Elements of x below which a second thread costs more than it saves.
+constexpr int64_t kGrain = 1 << 15;
+
 // Pieces of roughly equal work, several per thread so that ragged rows balance.
-std::vector<Piece> cut(const Tensor& x, const OptionalTensor& lengths, int64_t smallest) {
+std::vector<Piece> cut(const Tensor& x, const OptionalTensor& lengths, int64_t tile_steps) {
   const int64_t B = x.size(0), T = x.size(1);
   std::vector<int64_t> steps(B, T);
   if (lengths) std::copy_n(lengths->const_data_ptr<int64_t>(), B, steps.begin());
   int64_t all = 0;
   for (int64_t& n : steps) all += n = std::clamp<int64_t>(n, 0, T);
-  const int64_t size = std::max(smallest, all / (8 * at::get_num_threads()));
+  const int64_t size = std::max({tile_steps, kGrain / x.size(2), all / (8 * at::get_num_threads())});
   std::vector<Piece> pieces;
   for (int64_t b = 0; b < B; ++b)
     for (int64_t t = 0; t < steps[b]; t += size) pieces.push_back({b, t, std::min(t + size, steps[b])});

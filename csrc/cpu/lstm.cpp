@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -56,6 +57,13 @@ Tensor valid_steps(const OptionalTensor& lengths, int64_t T) {
 // The lengths of the rows from b on, or null.
 const int64_t* lengths_data(const OptionalTensor& lengths, int64_t b) {
   return lengths ? lengths->const_data_ptr<int64_t>() + b : nullptr;
+}
+
+// The steps after which all of the rows [b, b + n) have ended.
+int64_t longest(const OptionalTensor& lengths, int64_t b, int64_t n, int64_t T) {
+  if (!lengths) return T;
+  const int64_t* first = lengths_data(lengths, b);
+  return std::clamp<int64_t>(*std::max_element(first, first + n), 0, T);
 }
 
 // One task: the rows [b, b + n) of direction k.
@@ -108,8 +116,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const bool direct = same && !valid.defined() && !w.w_hr.defined();  // h_t goes straight into y
     const Tensor h_raw = direct ? Tensor() : at::empty({n, H}, gates.options());
     Tensor h = rows(h0[k]).to(acc), c = rows(c0[k]).to(acc, false, true, at::MemoryFormat::Contiguous);
-    for (int64_t step = 0; step < T; ++step) {
-      const int64_t t = reverses[k] ? T - 1 - step : step;
+    const int64_t end = longest(lengths, b, n, T);
+    for (int64_t step = 0; step < end; ++step) {
+      const int64_t t = reverses[k] ? end - 1 - step : step;
       const Tensor a_t = rows(gates[k][t]), y_t = rows(y[t]).narrow(1, k * R, R), c_t = save ? rows(cells[k][t]) : c;
       a_t.addmm_(h, w.w_hh_t);
       const Tensor& h_out = direct ? y_t : h_raw;
@@ -127,6 +136,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     }
     rows(h_n[k]).copy_(h);
     rows(c_n[k]).copy_(c);
+    if (end == T) return;
+    // Where all rows have ended: what the specification says of invalid steps.
+    const auto ended = [&, b = b, n = n](const Tensor& t) { return t.narrow(0, end, T - end).narrow(1, b, n); };
+    ended(y).narrow(2, k * R, R).zero_();
+    if (!save) return;
+    ended(gates[k]).zero_();
+    ended(cells[k]).copy_(reverses[k] ? rows(c0[k]) : c);
   });
   const Tensor none = at::empty({0}, x.options());
   return {y, h_n, c_n, save ? gates.to(x.scalar_type()) : none, save ? cells : at::empty({0}, gates.options())};
@@ -166,8 +182,11 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     const auto copy = [&](const Tensor& t) { return rows(t).to(acc, false, true, at::MemoryFormat::Contiguous); };
     Tensor dh = dh_n ? copy((*dh_n)[k]) : at::zeros({n, R}, options);
     const Tensor dc = dc_n ? copy((*dc_n)[k]) : at::zeros({n, H}, options), c_first = copy(c0[k]);
-    for (int64_t step = T - 1; step >= 0; --step) {
-      const int64_t t = reverses[k] ? T - 1 - step : step;
+    const int64_t end = longest(lengths, b, n, T);
+    d_gates[k].narrow(0, end, T - end).narrow(1, b, n).zero_();
+    if (w.w_hr.defined()) dh_out[k].narrow(0, end, T - end).narrow(1, b, n).zero_();
+    for (int64_t step = end - 1; step >= 0; --step) {
+      const int64_t t = reverses[k] ? end - 1 - step : step;
       const Tensor c_prev = step == 0 ? c_first : rows(cells[k][reverses[k] ? t + 1 : t - 1]);
       // The kernel adds dy itself, unless a projection stands between.
       Tensor dy_t = dy ? rows(dy_acc[t]).narrow(1, k * R, R) : Tensor(), dh_raw = dh;

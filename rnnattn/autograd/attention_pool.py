@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rnnattn import backends
+from rnnattn.autograd.eager import is_eager
 from rnnattn.reference.lstm import accumulation_dtype
 
 torch.library.define(
@@ -26,7 +27,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("rnnattn::attention_pool", "CompositeExplicitAutograd")
 def _forward(x, v, w, b, lengths, mask, need_weights, backend):  # type: ignore[no-untyped-def]
     pooled, weights, lse = backends.get(backend).attention_pool_forward(x, v, w, b, lengths, mask, need_weights)
     return pooled, weights if need_weights else x.new_empty(0), lse
@@ -40,7 +40,6 @@ def _forward_fake(x, v, w, b, lengths, mask, need_weights, backend):  # type: ig
     return x.new_empty(B, D, dtype=acc), weights, x.new_empty(B, dtype=acc)
 
 
-@torch.library.impl("rnnattn::attention_pool_backward", "CompositeExplicitAutograd")
 def _backward(d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse, backend):  # type: ignore[no-untyped-def]
     dx, dv, dw, db = backends.get(backend).attention_pool_backward(
         d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse
@@ -54,12 +53,17 @@ def _backward_fake(d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse, 
     return x.new_empty(x.shape), x.new_empty(v.shape), dw, db
 
 
+torch.library.impl("rnnattn::attention_pool", "CompositeExplicitAutograd", _forward)
+torch.library.impl("rnnattn::attention_pool_backward", "CompositeExplicitAutograd", _backward)
+
+
 class AttentionPooling(torch.autograd.Function):
     """forward(x, v, w, b, lengths, mask, need_weights, backend)."""
 
     @staticmethod
     def forward(x, v, w, b, lengths, mask, need_weights, backend):  # type: ignore[no-untyped-def]
-        return torch.ops.rnnattn.attention_pool(x, v, w, b, lengths, mask, need_weights, backend)
+        run = _forward if is_eager(x) else torch.ops.rnnattn.attention_pool
+        return run(x, v, w, b, lengths, mask, need_weights, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -73,7 +77,9 @@ class AttentionPooling(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_pooled, d_weights, _dlse):  # type: ignore[no-untyped-def]
         x, v, w, b, lengths, mask, pooled, lse = ctx.saved_tensors
-        dx, dv, dw, db = torch.ops.rnnattn.attention_pool_backward(
+        # A gradient that is itself to be differentiated goes through the operator, which refuses.
+        run = _backward if is_eager(x) and not torch.is_grad_enabled() else torch.ops.rnnattn.attention_pool_backward
+        dx, dv, dw, db = run(
             d_pooled, d_weights if ctx.need_weights else None, x, v, w, b, lengths, mask, pooled, lse, ctx.backend
         )
         return dx, dv, None if w is None else dw, None if b is None else db, None, None, None, None
@@ -106,5 +112,6 @@ def attention_pool(
     if torch.is_grad_enabled() and differentiable:
         pooled, weights, _ = AttentionPooling.apply(*arguments)
     else:
-        pooled, weights, _ = torch.ops.rnnattn.attention_pool(*arguments)
+        run = _forward if is_eager(x) else torch.ops.rnnattn.attention_pool
+        pooled, weights, _ = run(*arguments)
     return pooled.to(x.dtype), weights if need_weights else None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rnnattn import backends
+from rnnattn.autograd.eager import is_eager
 from rnnattn.reference import DIRECTIONS, split_weights
 from rnnattn.reference.lstm import accumulation_dtype
 
@@ -30,7 +31,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("rnnattn::lstm_layer", "CompositeExplicitAutograd")
 def _forward(x, h0, c0, weights, lengths, has_biases, direction, save, backend):  # type: ignore[no-untyped-def]
     y, h_n, c_n, gates, cells = backends.get(backend).lstm_layer_forward(
         x, h0, c0, weights, lengths, has_biases, direction, save
@@ -49,7 +49,6 @@ def _forward_fake(x, h0, c0, weights, lengths, has_biases, direction, save, back
     return y, h_n, c_n, x.new_empty(K, T, B, 4 * H), cells
 
 
-@torch.library.impl("rnnattn::lstm_layer_backward", "CompositeExplicitAutograd")
 def _backward(  # type: ignore[no-untyped-def]
     dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction,
     needs_dx, needs_dweights, backend,
@@ -75,6 +74,10 @@ def _backward_fake(  # type: ignore[no-untyped-def]
     return dx, x.new_empty(h0.shape), x.new_empty(c0.shape), dweights
 
 
+torch.library.impl("rnnattn::lstm_layer", "CompositeExplicitAutograd", _forward)
+torch.library.impl("rnnattn::lstm_layer_backward", "CompositeExplicitAutograd", _backward)
+
+
 class LSTMLayer(torch.autograd.Function):
     """forward(x, h0, c0, lengths, has_biases, direction, backend, *weights)."""
 
@@ -82,7 +85,8 @@ class LSTMLayer(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         x, h0, c0, lengths, has_biases, direction, backend, *weights
     ):
-        return torch.ops.rnnattn.lstm_layer(x, h0, c0, list(weights), lengths, has_biases, direction, True, backend)
+        run = _forward if is_eager(x) else torch.ops.rnnattn.lstm_layer
+        return run(x, h0, c0, list(weights), lengths, has_biases, direction, True, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -106,7 +110,9 @@ def _gradients(  # type: ignore[no-untyped-def]
     """dx, dh0, dc0 and one gradient per weight (both biases share theirs)."""
     x, h0, c0, lengths, y, gates, cells, *weights = ctx.saved_tensors
     has_biases, direction, backend = ctx.settings
-    dx, dh0, dc0, dweights = torch.ops.rnnattn.lstm_layer_backward(
+    # A gradient that is itself to be differentiated goes through the operator, which refuses.
+    run = _backward if is_eager(x) and not torch.is_grad_enabled() else torch.ops.rnnattn.lstm_layer_backward
+    dx, dh0, dc0, dweights = run(
         dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction,
         needs_dx, needs_dweights, backend,
     )  # fmt: skip
@@ -154,7 +160,6 @@ def lstm_layer(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, c0, *weights)):
         y, h_n, c_n, _, _ = LSTMLayer.apply(x, h0, c0, lengths, has_biases, direction, backend, *weights)
     else:
-        y, h_n, c_n, _, _ = torch.ops.rnnattn.lstm_layer(
-            x, h0, c0, weights, lengths, has_biases, direction, False, backend
-        )
+        run = _forward if is_eager(x) else torch.ops.rnnattn.lstm_layer
+        y, h_n, c_n, _, _ = run(x, h0, c0, weights, lengths, has_biases, direction, False, backend)
     return y, h_n, c_n
