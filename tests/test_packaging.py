@@ -127,7 +127,7 @@ with rnnattn.use_backend("reference"):
 pool = rnnattn.AttentionPool(4)
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    pooled = pool(x), pool(x)
+    pooled = pool(x, lengths=[3, 1, 2, 0, 3]), pool(x, lengths=[3, 1, 2, 0, 3])
     rnnattn.LSTM(4, 6)(x)
 assert torch.equal(*pooled) and pooled[0].isfinite().all()
 for warning in seen:

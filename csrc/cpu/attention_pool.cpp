@@ -16,76 +16,12 @@
 #include "../dispatch.h"
 #include "../optional_tensor.h"
 #include "isa.h"
+#include "pool_tiles.h"
 
 namespace rnnattn {
 namespace {
 
 using at::Tensor;
-
-struct Piece {  // steps [begin, end) of row b
-  int64_t b, begin, end;
-};
-
-// Elements of x below which a second thread costs more than it saves.
-constexpr int64_t kGrain = 1 << 15;
-
-// Pieces of roughly equal work, several per thread so that ragged rows balance.
-std::vector<Piece> cut(const Tensor& x, const OptionalTensor& lengths, int64_t tile_steps) {
-  const int64_t B = x.size(0), T = x.size(1);
-  std::vector<int64_t> steps(B, T);
-  if (lengths) std::copy_n(lengths->const_data_ptr<int64_t>(), B, steps.begin());
-  int64_t all = 0;
-  for (int64_t& n : steps) all += n = std::clamp<int64_t>(n, 0, T);
-  const int64_t size = std::max({tile_steps, kGrain / x.size(2), all / (8 * at::get_num_threads())});
-  std::vector<Piece> pieces;
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t t = 0; t < steps[b]; t += size) pieces.push_back({b, t, std::min(t + size, steps[b])});
-  return pieces;
-}
-
-// Walks the kept steps of a piece in tiles of the accumulation type F; x is stored as S.
-template <typename F, typename S>
-class Tiles {
- public:
-  Tiles(const Tensor& x, const OptionalTensor& mask, int64_t size)
-      : x_(x), mask_(mask ? mask->const_data_ptr<bool>() : nullptr), D_(x.size(2)), size_(size) {
-    if (gathers()) scratch_.resize(size * D_);
-    kept_.resize(size);
-  }
-
-  // Tiles are copies where steps are left out or x is not of type F.
-  bool gathers() const { return mask_ || !std::is_same_v<F, S>; }
-
-  // Calls body(tile, kept), kept[r] being the step that row r of the tile holds.
-  template <typename Body>
-  void walk(const Piece& piece, const Body& body) {
-    const S* row = x_.const_data_ptr<S>() + piece.b * x_.stride(0);
-    for (int64_t t = piece.begin; t < piece.end;) {
-      int64_t n = 0;
-      for (; t < piece.end && n < size_; ++t)
-        if (!mask_ || mask_[piece.b * x_.size(1) + t]) kept_[n++] = t;
-      if (n == 0) return;
-      PoolTile<F> tile{n, D_, nullptr, x_.stride(1)};
-      if constexpr (std::is_same_v<F, S>) tile.x = row + kept_[0] * x_.stride(1);
-      if (gathers()) {
-        for (int64_t r = 0; r < n; ++r) {
-          const S* from = row + kept_[r] * x_.stride(1);
-          std::transform(from, from + D_, scratch_.data() + r * D_, [](S value) { return static_cast<F>(value); });
-        }
-        tile.x = scratch_.data();
-        tile.x_stride = D_;
-      }
-      body(tile, kept_.data());
-    }
-  }
-
- private:
-  const Tensor& x_;
-  const bool* mask_;
-  int64_t D_, size_;
-  std::vector<F> scratch_;
-  std::vector<int64_t> kept_;
-};
 
 template <typename F>
 Tensor as_matrix(const F* data, int64_t rows, int64_t columns, int64_t stride) {
@@ -133,29 +69,36 @@ std::tuple<Tensor, Tensor> pool(const Tensor& x, const Score<F>& score, const Op
   const auto options = x.options().dtype(c10::CppTypeToScalarType<F>::value);
   constexpr F kNone = -std::numeric_limits<F>::infinity();
   const auto pieces = cut(x, lengths, tile_steps);
-  const int64_t count = pieces.size();
+  const int64_t count = pieces.empty() ? 0 : pieces.back().first + pieces.back().rows;
   const Tensor acc = at::zeros({count, D}, options);
-  std::vector<PoolState<F>> states(count);
+  std::vector<PoolState<F>> states(count);  // of the rows of all pieces, one after the other
+  std::vector<int64_t> owner(count);        // the row of x that a state belongs to
+  for (const Piece& piece : pieces)
+    for (int64_t row = 0; row < piece.rows; ++row) {
+      states[piece.first + row] = {kNone, F(0), acc.data_ptr<F>() + (piece.first + row) * D};
+      owner[piece.first + row] = piece.b + row;
+    }
   F* scores_data = scores.defined() ? scores.data_ptr<F>() : nullptr;
-  at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, pieces.size(), 1, [&](int64_t first, int64_t last) {
     at::AutoDispatchBelowADInplaceOrView no_autograd;
     Tiles<F, S> tiles(x, mask, tile_steps);
     std::vector<F> u(tile_steps * score.A()), s(tile_steps), p(tile_steps);
     for (int64_t n = first; n < last; ++n) {
-      PoolState<F>& state = states[n] = {kNone, F(0), acc.data_ptr<F>() + n * D};
       tiles.walk(pieces[n], [&](const PoolTile<F>& tile, const int64_t* kept) {
         score(tile, u.data(), s.data());
-        kernels<F>().pool_softmax(tile, s.data(), p.data(), state);
+        tiles.for_rows(tile, kept, [&](int64_t row, int64_t r, const PoolTile<F>& part) {
+          kernels<F>().pool_softmax(part, s.data() + r, p.data(), states[pieces[n].first + row]);
+        });
         if (!scores_data) return;
         for (int64_t r = 0; r < tile.steps; ++r) scores_data[pieces[n].b * x.size(1) + kept[r]] = s[r];
       });
     }
   });
   const Tensor pooled = at::zeros({B, D}, options), lse = at::full({B}, kNone, options);
-  for (int64_t n = 0; n < count;) {  // the pieces of a row follow one another
-    const int64_t b = pieces[n].b, begin = n;
+  for (int64_t n = 0; n < count;) {  // the states of a row follow one another
+    const int64_t b = owner[n], begin = n;
     F max = kNone, sum = 0;
-    for (; n < count && pieces[n].b == b; ++n)
+    for (; n < count && owner[n] == b; ++n)
       if (states[n].sum > 0 || std::isnan(states[n].sum)) max = states[n].max > max || std::isnan(states[n].max) ? states[n].max : max;
     F* out = pooled.data_ptr<F>() + b * D;
     for (int64_t m = begin; m < n; ++m) {
@@ -230,32 +173,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     F *db = dv + n_v, *dw = db + n_b;
     for (int64_t n = first; n < last; ++n) {
       const int64_t b = pieces[n].b;
-      const F* g_row = d_pooled ? g_data + b * D : nullptr;
-      S* dx_row = dx.data_ptr<S>() + b * T * D;
+      S* dx_piece = dx.data_ptr<S>() + b * T * D;
       tiles.walk(pieces[n], [&](const PoolTile<F>& tile, const int64_t* kept) {
         score(tile, u.data(), s.data());
-        kernels<F>().pool_exp(tile.steps, s.data(), lse_data[b], p.data());
-        if (g_row) kernels<F>().pool_dot(tile, g_row, s.data());
-        else std::fill(s.begin(), s.end(), F(0));
-        for (int64_t r = 0; r < tile.steps; ++r)
-          ds[r] = p[r] * (s[r] + (dp_data ? dp_data[b * T + kept[r]] : F(0)) - delta_data[b]);
-
         F* out = dx_scratch.data();
         if constexpr (std::is_same_v<F, S>)
-          if (!tiles.gathers()) out = dx_row + kept[0] * D;
+          if (!tiles.gathers()) out = dx_piece + kept[0] * D;
+        tiles.for_rows(tile, kept, [&](int64_t row, int64_t first_r, const PoolTile<F>& part) {
+          const F* g_row = d_pooled ? g_data + (b + row) * D : nullptr;
+          F *s_r = s.data() + first_r, *p_r = p.data() + first_r, *ds_r = ds.data() + first_r;
+          kernels<F>().pool_exp(part.steps, s_r, lse_data[b + row], p_r);
+          if (g_row) kernels<F>().pool_dot(part, g_row, s_r);
+          else std::fill_n(s_r, part.steps, F(0));
+          for (int64_t r = 0; r < part.steps; ++r) {
+            const F dp_direct = dp_data ? dp_data[b * T + kept[first_r + r]] : F(0);
+            ds_r[r] = p_r[r] * (s_r[r] + dp_direct - delta_data[b + row]);
+          }
+          const F* v = score.additive() ? nullptr : score.v_data();
+          kernels<F>().pool_outer(part, p_r, g_row, ds_r, v, out + first_r * D, D);
+        });
         if (score.additive()) {
           kernels<F>().additive_gradient({tile.steps, A, u.data(), score.v_data(), ds.data(), dv, db});
           const Tensor du = as_matrix(u.data(), tile.steps, A, A);
-          kernels<F>().pool_outer(tile, p.data(), g_row, ds.data(), nullptr, out, D);
           as_matrix(out, tile.steps, D, D).addmm_(du, score.w);
           as_matrix(dw, A, D, D).addmm_(du.t(), as_matrix(tile.x, tile.steps, D, tile.x_stride));
         } else {
-          kernels<F>().pool_outer(tile, p.data(), g_row, ds.data(), score.v_data(), out, D);
           kernels<F>().pool_add(tile, ds.data(), dv);
         }
         if (!tiles.gathers()) return;
         for (int64_t r = 0; r < tile.steps; ++r)
-          std::transform(out + r * D, out + (r + 1) * D, dx_row + kept[r] * D, [](F value) { return static_cast<S>(value); });
+          std::transform(out + r * D, out + (r + 1) * D, dx_piece + kept[r] * D, [](F value) { return static_cast<S>(value); });
       });
     }
   });

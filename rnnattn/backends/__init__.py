@@ -120,24 +120,24 @@ def _select(call: Call) -> Choice:
         if reason:
             raise BackendError(f"backend {_selected!r} was asked for and cannot run {call.op}: {reason}")
         return Choice(_selected, "asked for by name")
-    passed_over: list[str] = []
+    passed_over: dict[str, str] = {}
     for name, why in choice.order(call):
         reason = objection(name, call)
         if reason is None:
-            if name == "reference":
-                _warn_once(call, passed_over)
-            return Choice(name, "; ".join([why, *passed_over]))
-        passed_over.append(f"not {name}: {reason}")
-    raise BackendError(f"no backend can run {call.op}: {'; '.join(passed_over)}")
+            if passed_over.keys() - {"torch"}:
+                _warn_once(call, name, passed_over)
+            return Choice(name, "; ".join([why, *passed_over.values()]))
+        passed_over[name] = f"not {name}: {reason}"
+    raise BackendError(f"no backend can run {call.op}: {'; '.join(passed_over.values())}")
 
 
-def _warn_once(call: Call, passed_over: list[str]) -> None:
+def _warn_once(call: Call, name: str, passed_over: dict[str, str]) -> None:
     if torch.compiler.is_compiling() or call.op in _warned:
         return
     _warned.add(call.op)
+    runs = "the reference equations" if name == "reference" else f"backend {name}"
     warnings.warn(
-        f"rnnattn: {call.op} on {call.device} falls back to the reference equations ({'; '.join(passed_over)})",
-        stacklevel=2,
+        f"rnnattn: {call.op} on {call.device} falls back to {runs} ({'; '.join(passed_over.values())})", stacklevel=2
     )
 
 
