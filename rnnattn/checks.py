@@ -76,18 +76,17 @@ def check_lstm(
         if state.device != x.device:
             raise RuntimeError(_devices("hidden", x, state))
         _check_parameter("lstm", name, state, (num_layers * K, B, features), x)
-    for n, w in enumerate(weights):
-        layer, part = n // (per_direction * K), n % per_direction
-        if w.device != x.device:
-            raise RuntimeError(_devices("parameter", x, w))
-        if part == plain:
-            shape: tuple[int, ...] = (R, H)
-        elif part >= 2:
-            shape = (4 * H,)
-        else:
-            shape = (4 * H, R if part == 1 else I if layer == 0 else K * R)
-        if w.shape != shape or w.dtype != x.dtype:
-            _check_parameter("lstm", f"weights[{n}]", w, shape, x)
+    dtype, device, features = x.dtype, x.device, I
+    for first in range(0, len(weights), per_direction):
+        if first == per_direction * K:
+            features = K * R  # from the second layer on
+        shapes = [(4 * H, features), (4 * H, R), *[(4 * H,)] * (plain - 2), (R, H)]
+        for n, shape in zip(range(first, first + per_direction), shapes, strict=False):
+            w = weights[n]
+            if w.device != device:
+                raise RuntimeError(_devices("parameter", x, w))
+            if w.shape != shape or w.dtype != dtype:
+                _check_parameter("lstm", f"weights[{n}]", w, shape, x)
 
 
 def check_pool(x: Tensor, v: Tensor, w: Tensor | None, b: Tensor | None) -> None:

@@ -214,6 +214,8 @@ def pool_call(x: Tensor, w: Tensor | None, ragged: bool, grad: bool) -> Call:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast runs torch's own recurrent layers in; None where it is off."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None

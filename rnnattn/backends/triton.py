@@ -26,7 +26,7 @@ class Triton(Backend):
     name = "triton"
 
     def unavailable(self) -> str | None:
-        if importlib.util.find_spec("triton") is None:
+        if not _installed():
             return "triton is not installed (pip install triton)"
         if torch.cuda.is_available() or _interpreting():
             return None
@@ -135,6 +135,11 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device: make it the one that x is on."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _interpreting() -> bool:
