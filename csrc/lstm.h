@@ -35,4 +35,16 @@ struct LstmBackwardStep {
   F* d_gates;              // [B, 4H] out, zero in invalid rows; may be gates itself
 };
 
+// out = a w, or out += a w
+template <typename F>
+struct RowsProduct {
+  int64_t rows, K, N;
+  const F* a;  // [rows, K], row stride a_stride
+  int64_t a_stride;
+  const F* w;  // [K, N]
+  F* out;      // [rows, N], row stride out_stride
+  int64_t out_stride;
+  bool add;
+};
+
 }  // namespace rnnattn

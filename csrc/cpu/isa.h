@@ -13,6 +13,7 @@ template <typename F>
 struct Kernels {
   void (*lstm_forward)(const LstmForwardStep<F>&, int64_t b);
   void (*lstm_backward)(const LstmBackwardStep<F>&, int64_t b);
+  void (*rows_product)(const RowsProduct<F>&);
   void (*pool_dot)(const PoolTile<F>&, const F* v, F* s);
   void (*pool_add)(const PoolTile<F>&, const F* weights, F* out);
   F (*pool_exp)(int64_t steps, const F* s, F shift, F* p);

@@ -2,6 +2,7 @@
 #include "attention_pool_kernel.h"
 #include "isa.h"
 #include "lstm_kernel.h"
+#include "product_kernel.h"
 
 #define RNNATTN_CONCAT_(a, b) a##b
 #define RNNATTN_CONCAT(a, b) RNNATTN_CONCAT_(a, b)
@@ -12,7 +13,7 @@ namespace {
 
 template <typename F>
 constexpr rnnattn::Kernels<F> table() {
-  return {lstm_forward<F>, lstm_backward<F>, pool_dot<F>,        pool_add<F>,         pool_exp<F>,
+  return {lstm_forward<F>, lstm_backward<F>, rows_product<F>, pool_dot<F>,        pool_add<F>,         pool_exp<F>,
           pool_softmax<F>, pool_outer<F>,    additive_scores<F>, additive_gradient<F>};
 }
 

@@ -32,7 +32,7 @@ std::vector<LayerWeights> split_weights(at::TensorList weights, bool has_biases,
   std::vector<LayerWeights> parts;
   for (size_t k = 0; k < directions; ++k) {
     const auto w = weights.slice(k * each, each);
-    LayerWeights part{w[0].to(acc), w[1].to(acc), {}, {}, {}};
+    LayerWeights part{w[0].to(acc), w[1].to(acc).contiguous(), {}, {}, {}};
     part.w_hh_t = part.w_hh.t().contiguous();
     if (has_biases) part.bias = w[2].to(acc) + w[3].to(acc);
     if (each == (has_biases ? 5 : 3)) part.w_hr = w.back().to(acc);
@@ -75,9 +75,11 @@ struct Task {
 // task runs its whole scan alone, so threads meet once a layer instead of once a step. Slices are not
 // cut so thin that every thread reads all of a large W_hh for a row or two: then the rows stay
 // together, and it is the GEMM that uses the threads.
+constexpr int64_t kCached = 1 << 20;  // bytes of W_hh that stay in a thread's cache
+
 template <typename Run>
 void for_tasks(int64_t K, int64_t B, int64_t weight_bytes, const Run& run) {
-  constexpr int64_t kCached = 1 << 20, kRows = 4;
+  constexpr int64_t kRows = 4;
   const int64_t slices = (at::get_num_threads() + K - 1) / K;
   const int64_t thinnest = weight_bytes <= kCached ? 1 : kRows;
   const int64_t rows = std::max((B + slices - 1) / slices, thinnest);
@@ -88,6 +90,35 @@ void for_tasks(int64_t K, int64_t B, int64_t weight_bytes, const Run& run) {
     at::AutoDispatchBelowADInplaceOrView no_autograd;
     for (; task < last; ++task) run(tasks[task]);
   });
+}
+
+// Whether our own product is quicker than a GEMM call: few rows, and a matrix that stays in cache.
+template <typename F>
+bool few_rows(int64_t n, const Tensor& matrix) {
+  return n <= 4 && matrix.numel() * static_cast<int64_t>(sizeof(F)) <= kCached;
+}
+
+// The forward scan of a task without a tensor operation per step: h_t goes straight into y.
+template <typename F>
+void scan_few_rows(const Task& task, bool reverse, const Tensor& w_hh_t, const Tensor& h0, const Tensor& c0,
+                   const Tensor& gates, const Tensor& cells, const Tensor& y, const Tensor& h_n, const Tensor& c_n) {
+  const auto [k, b, n] = task;
+  const int64_t T = y.size(0), B = y.size(1), R = h0.size(1), H = c0.size(1), y_stride = y.size(2);
+  const Tensor h_first = h0.contiguous(), c_buffer = c0.clone(at::MemoryFormat::Contiguous);
+  const F *h = h_first.const_data_ptr<F>(), *c = c_buffer.const_data_ptr<F>();
+  int64_t h_stride = R;
+  for (int64_t step = 0; step < T; ++step) {
+    const int64_t t = reverse ? T - 1 - step : step;
+    F* a_t = gates.data_ptr<F>() + (t * B + b) * 4 * H;
+    F* y_t = y.data_ptr<F>() + (t * B + b) * y_stride + k * R;
+    F* c_t = cells.defined() ? cells.data_ptr<F>() + ((k * T + t) * B + b) * H : c_buffer.data_ptr<F>();
+    kernels<F>().rows_product({n, R, 4 * H, h, h_stride, w_hh_t.const_data_ptr<F>(), a_t, 4 * H, true});
+    const LstmForwardStep<F> forward_step{t, H, nullptr, a_t, c, c_t, y_t, y_stride};
+    for (int64_t row = 0; row < n; ++row) kernels<F>().lstm_forward(forward_step, row);
+    h = y_t, h_stride = y_stride, c = c_t;
+  }
+  h_n.copy_(y[reverse ? 0 : T - 1].narrow(0, b, n).narrow(1, k * R, R));
+  std::copy_n(c, n * H, c_n.data_ptr<F>());
 }
 
 template <typename F>
@@ -114,6 +145,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const LayerWeights& w = parts[k];
     const auto rows = [&, b = b, n = n](const Tensor& t) { return t.narrow(0, b, n); };
     const bool direct = same && !valid.defined() && !w.w_hr.defined();  // h_t goes straight into y
+    if (direct && few_rows<F>(n, w.w_hh_t)) {
+      scan_few_rows<F>(task, reverses[k], w.w_hh_t, rows(h0[k]), rows(c0[k]), gates[k], cells, y, rows(h_n[k]), rows(c_n[k]));
+      return;
+    }
     const Tensor h_raw = direct ? Tensor() : at::empty({n, H}, gates.options());
     Tensor h = rows(h0[k]).to(acc), c = rows(c0[k]).to(acc, false, true, at::MemoryFormat::Contiguous);
     const int64_t end = longest(lengths, b, n, T);
@@ -185,6 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     const int64_t end = longest(lengths, b, n, T);
     d_gates[k].narrow(0, end, T - end).narrow(1, b, n).zero_();
     if (w.w_hr.defined()) dh_out[k].narrow(0, end, T - end).narrow(1, b, n).zero_();
+    const F* w_hh = w.w_hh.const_data_ptr<F>();
     for (int64_t step = end - 1; step >= 0; --step) {
       const int64_t t = reverses[k] ? end - 1 - step : step;
       const Tensor c_prev = step == 0 ? c_first : rows(cells[k][reverses[k] ? t + 1 : t - 1]);
@@ -204,6 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
           c_prev.const_data_ptr<F>(), d_t.data_ptr<F>()};
       for (int64_t row = 0; row < n; ++row) kernels<F>().lstm_backward(backward_step, row);
       if (valid.defined()) dh = at::where(rows(valid[t]), at::mm(d_t, w.w_hh), dh);
+      else if (few_rows<F>(n, w.w_hh)) kernels<F>().rows_product({n, 4 * H, R, d_t.const_data_ptr<F>(), 4 * H, w_hh, dh.data_ptr<F>(), R, false});
       else at::mm_out(dh, d_t, w.w_hh);
     }
     rows(dh0[k]).copy_(dh);
