@@ -15,6 +15,7 @@
 
 #include "../dispatch.h"
 #include "../optional_tensor.h"
+#include "huge_pages.h"
 #include "isa.h"
 #include "pool_tiles.h"
 
@@ -160,7 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 
   const auto pieces = cut(x, lengths, tile_steps);
   const bool whole = !lengths && !mask;  // every element of dx is written below
-  const Tensor dx = whole ? at::empty({B, T, D}, x.options()) : at::zeros({B, T, D}, x.options());
+  const Tensor dx = in_huge_pages(at::empty({B, T, D}, x.options()));
+  if (!whole) dx.zero_();
   // Each thread sums its own share of the parameters' gradients: [v | b | w].
   const int64_t n_v = score.v.numel(), n_b = A, n_w = A * D;
   const Tensor shares = at::zeros({at::get_num_threads(), n_v + n_b + n_w}, options);
