@@ -12,7 +12,7 @@ import torch
 
 from rnnattn.backends.base import Call
 
-SMALL_POOL = 2**17  # elements of x below which a call's own cost decides
+SMALL_POOL = 2**20  # elements of x below which a call's own cost decides
 
 
 def order(call: Call) -> list[tuple[str, str]]:
@@ -23,7 +23,8 @@ def order(call: Call) -> list[tuple[str, str]]:
         return [("torch", "cuDNN: our LSTM is not yet measured on a GPU"), *ranked] if call.op == "lstm" else ranked
     ranked = [("cpp", "the kernels for a CPU"), last]
     if call.op == "attention_pool":
-        small = not call.compiling and not call.ragged and call.B * call.T * call.features < SMALL_POOL
+        full = call.dtype in (torch.float32, torch.float64) and not call.ragged and not call.compiling
+        small = full and call.B * call.T * call.features < SMALL_POOL
         return [("torch", "eager PyTorch: so small a call costs less there"), *ranked] if small else ranked
     if _torch_is_wrong(call):
         return ranked
