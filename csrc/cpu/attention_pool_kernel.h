@@ -41,10 +41,11 @@ F pool_exp(int64_t steps, const F* s, F shift, F* p) {
   return sum;
 }
 
-// out[d] += sum_r weights[r] x[r][d]. The tile is in cache by then, so that memory would be idle: the
-// tile that follows it is fetched meanwhile (where none follows, a prefetch does nothing).
+// out[d] += sum_r weights[r] x[r][d], for at most eight steps: more would be too many lines at the same
+// place of the first cache. They are in cache by then, so that memory would be idle: the steps that
+// follow are fetched meanwhile (where none follow, a prefetch does nothing).
 template <typename F>
-void pool_add(const rnnattn::PoolTile<F>& tile, const F* weights, F* out) {
+inline void add_steps(const rnnattn::PoolTile<F>& tile, const F* weights, F* out) {
   const int64_t D = tile.D;
   const F* next = tile.x + tile.steps * tile.x_stride;
   int64_t d = 0;
@@ -63,6 +64,15 @@ void pool_add(const rnnattn::PoolTile<F>& tile, const F* weights, F* out) {
     for (int64_t r = 0; r < tile.steps; ++r) sum += weights[r] * load(tile.x + r * tile.x_stride + k, n);
     store<F>(out + k, sum, n);
   });
+}
+
+// The same for any number of steps.
+template <typename F>
+void pool_add(const rnnattn::PoolTile<F>& tile, const F* weights, F* out) {
+  for (int64_t r = 0; r < tile.steps; r += 8) {
+    const int64_t steps = tile.steps - r < 8 ? tile.steps - r : 8;
+    add_steps<F>({steps, tile.D, tile.x + r * tile.x_stride, tile.x_stride}, weights + r, out);
+  }
 }
 
 // Takes the tile's scores into the running softmax of the row.
