@@ -71,12 +71,12 @@ struct Task {
   int64_t k, b, n;
 };
 
+constexpr int64_t kCached = 1 << 20;  // bytes of W_hh that stay in a thread's cache
+
 // Calls run(task) over all directions and slices of rows, on as many threads as there are tasks: a
 // task runs its whole scan alone, so threads meet once a layer instead of once a step. Slices are not
 // cut so thin that every thread reads all of a large W_hh for a row or two: then the rows stay
 // together, and it is the GEMM that uses the threads.
-constexpr int64_t kCached = 1 << 20;  // bytes of W_hh that stay in a thread's cache
-
 template <typename Run>
 void for_tasks(int64_t K, int64_t B, int64_t weight_bytes, const Run& run) {
   constexpr int64_t kRows = 4;

@@ -57,17 +57,22 @@ class Cuda(Backend):
         return "CUDA, additive scores without [B, T, A] in memory, then pooling; GEMMs in the backward pass"
 
     def lstm_layer_forward(self, x, h0, c0, weights, lengths, *flags):  # type: ignore[no-untyped-def]
-        return stepwise.lstm_layer_forward(Cell(self.ops), x, h0, c0, weights, _dense_rows(lengths), *flags)
+        return stepwise.lstm_layer_forward(Cell(self.ops), x, h0, c0, weights, pool_gemms.dense_rows(lengths), *flags)
 
     def lstm_layer_backward(  # type: ignore[no-untyped-def]
         self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, *saved_and_flags
     ):
         return stepwise.lstm_layer_backward(
-            Cell(self.ops), dy, dh_n, dc_n, x, h0, c0, weights, _dense_rows(lengths), *saved_and_flags
+            Cell(self.ops), dy, dh_n, dc_n, x, h0, c0, weights, pool_gemms.dense_rows(lengths), *saved_and_flags
         )
 
     def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]
-        x, v, lengths, mask = _dense_rows(x), v.contiguous(), _dense_rows(lengths), _dense_rows(mask)
+        x, v, lengths, mask = (
+            pool_gemms.dense_rows(x),
+            v.contiguous(),
+            pool_gemms.dense_rows(lengths),
+            pool_gemms.dense_rows(mask),
+        )
         scores = self._additive_scores(x, v, w, b, lengths, mask) if w is not None else None
         if scores is None and need_weights:
             scores = _fp32(x, *x.shape[:2])
@@ -76,7 +81,12 @@ class Cuda(Backend):
     def attention_pool_backward(  # type: ignore[no-untyped-def]
         self, d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse
     ):
-        x, v, lengths, mask = _dense_rows(x), v.contiguous(), _dense_rows(lengths), _dense_rows(mask)
+        x, v, lengths, mask = (
+            pool_gemms.dense_rows(x),
+            v.contiguous(),
+            pool_gemms.dense_rows(lengths),
+            pool_gemms.dense_rows(mask),
+        )
         d_pooled = pool_gemms.row_cotangent(d_pooled, pooled, lse)
         p = None
         if d_weights is not None:
@@ -159,8 +169,3 @@ def _blocks(tiles: int) -> int:
 
 def _fp32(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.device)
-
-
-def _dense_rows(x):  # type: ignore[no-untyped-def]
-    """x (or None) with a contiguous last dimension, which is all that the kernels ask of it."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()

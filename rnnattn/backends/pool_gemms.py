@@ -36,6 +36,11 @@ class AdditiveKernel(Protocol):
         """du [N, A] in x's dtype, p fp32 [N], dv and db fp32 [A]; du and p are zero where not kept."""
 
 
+def dense_rows(x):  # type: ignore[no-untyped-def]
+    """x (or None) with a contiguous last dimension, which is all that the kernels ask of it."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
 def row_cotangent(d_pooled: Tensor | None, pooled: Tensor, lse: Tensor) -> Tensor:
     """d_pooled fp32 [B, D], zero in rows that keep nothing: they pass no gradient, whatever stands there."""
     if d_pooled is None:

@@ -89,7 +89,9 @@ class Triton(Backend):
                 p = pool_gemms.softmax_weights(scores, lse)
             delta = pool_gemms.row_delta(d_pooled, pooled, d_weights, p)
             if w is None:
-                dx, dv = linear_pool_backward(d_pooled, d_weights, delta, lse, _dense_rows(x), v, lengths, mask)
+                dx, dv = linear_pool_backward(
+                    d_pooled, d_weights, delta, lse, pool_gemms.dense_rows(x), v, lengths, mask
+                )
                 return dx, dv, None, None
             keep = kept_steps(x, lengths, mask)
             return pool_gemms.additive_backward(
@@ -109,7 +111,7 @@ def _pool(
     """pooled [B, D] and lse [B]."""
     from rnnattn.kernels import additive_pool_forward, linear_pool_forward
 
-    x, v = _dense_rows(x), v.contiguous()
+    x, v = pool_gemms.dense_rows(x), v.contiguous()
     b, lengths, mask = _contiguous(b, lengths, mask)
     if w is None:
         pooled, lse = linear_pool_forward(x, v, lengths, mask, scores)
@@ -121,11 +123,6 @@ def _pool(
 def _empty_scores(x: Tensor) -> Tensor:
     """fp32 [B, T]: -inf, which the kernel overwrites at kept steps."""
     return torch.full(x.shape[:2], -torch.inf, device=x.device)
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """x with a contiguous last dimension, which is all the kernels ask of it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
