@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import rnnattn
-from benchmarks import digits, environment, lstm, plots, pooling, report
-from benchmarks.cases import DTYPES, SUITES, Case, LSTMCase, name
+from benchmarks import ceilings, digits, environment, plots, pooling, recurrent, report, roofline, runtimes, streaming
+from benchmarks.cases import DTYPES, GATES, SUITES, Case, PoolCase, StepCase, name
 from benchmarks.extras import optional
-from benchmarks.measure import MODES, Experiment, measure
+from benchmarks.measure import Experiment, measure
 from benchmarks.render import render
-from benchmarks.results import ModelRow, Results, Row, write
+from benchmarks.results import Results, Run, earlier, merged, write
 
-OPS = ("digits", "lstm", "attention_pool")
-BACKENDS = {"cpu": ("auto", "cpp"), "cuda": ("auto", "triton", "cuda")}
-SECONDS = {"quick": 2.0, "cpu": 4.0, "gpu": 0.5}
+OPS = ("digits", "step", *GATES, "attention_pool")
+BACKENDS = {"cpu": ("cpp", "auto"), "cuda": ("auto", "triton", "cuda")}
+SECONDS = {"quick": 2.0, "cpu": 1.5, "gpu": 0.5}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     p.add_argument("--seconds", type=float, help="time for one case and pass (by suite)")
     p.add_argument("--epochs", type=int, default=digits.EPOCHS, help="of training the digits model (%(default)s)")
-    p.add_argument("--out", type=Path, default=Path("results"), help="folder of the results (%(default)s)")
+    p.add_argument("--out", type=Path, default=Path("results"), help="folder of the results, merged (%(default)s)")
+    p.add_argument("--resume", action="store_true", help="skip the cases that --out holds from this commit")
     p.add_argument("--render", type=Path, metavar="FOLDER", help="rewrite plots and README from result files and stop")
     p.add_argument("--readme", type=Path, default=Path("README.md"), help="of --render (%(default)s)")
     return p
@@ -47,11 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() and options.suite in ("auto", "gpu") else "cpu")
     suite = ("gpu" if device.type == "cuda" else "quick") if options.suite == "auto" else options.suite
-    cases = [
-        case
-        for case in SUITES[suite]
-        if case.op in options.op and case.dtype in options.dtype and re.search(options.filter, name(case))
-    ]
+    cases = _chosen(suite, options)
     if options.list:
         print("\n".join(map(name, cases)))
         return 0
@@ -60,50 +57,82 @@ def main(argv: Sequence[str] | None = None) -> int:
     with_digits = "digits" in options.op and re.search(options.filter, "digits") is not None
     if not cases and not with_digits:
         raise SystemExit("no case is left by --op, --dtype and --filter; --list shows the names")
-    seconds = SECONDS[suite] if options.seconds is None else options.seconds
     console = report.new_console()
     here = environment.collect(device)
     console.print(str(here), highlight=False)
-    for warning in environment.warnings(device):
+    for warning in [*environment.warnings(device), *_left_out(cases, device)]:
         console.print(f"[yellow]{warning}")
     backends = _usable(options.backend or BACKENDS[device.type], device, console)
-    model, rows = _measure(cases, with_digits, backends, device, seconds, options.epochs, console)
-    results = Results(here, rows, model)
-    report.show(results, console)
-    for path in [*write(results, options.out), *plots.draw(results, options.out)]:
+    old = earlier(here, options.out)
+    if options.resume and old is not None:
+        done = {row.cell for row in old.rows if old.runs[row.run].environment.commit == here.commit}
+        cases = [case for case in cases if not {(case.op, case.shape, case.dtype, m) for m in case.modes} <= done]
+        with_digits = with_digits and not any(old.runs[row.run].environment.commit == here.commit for row in old.model)
+    new = Results([Run(here, _ceilings(cases, device))], [], [])
+    report.show_ceilings(new.runs[0].ceilings, console)
+    options.seconds = SECONDS[suite] if options.seconds is None else options.seconds
+    with _progress(console) as progress:
+        for _ in _measure(new, cases, with_digits, backends, device, options, progress):
+            write(merged(old, new), options.out)  # so that a run that is broken off is not lost
+    report.show(new, console)
+    results = merged(old, new)
+    report.show_targets(results, console)
+    for path in [*write(results, options.out), *plots.draw(results, options.out), *roofline.draw(results, options.out)]:
         console.print(f"wrote {path}", highlight=False)
-    return int(results.failed)
+    return int(new.failed)
+
+
+def _chosen(suite: str, options: argparse.Namespace) -> list[Case]:
+    return [
+        case
+        for case in SUITES[suite]
+        if case.op in options.op and case.dtype in options.dtype and re.search(options.filter, name(case))
+        if not isinstance(case, StepCase) or streaming.supported(case)
+    ]
+
+
+def _left_out(cases: Sequence[Case], device: torch.device) -> list[str]:
+    """The peers that are not installed, where they would have been asked."""
+    if device.type != "cpu" or all(isinstance(case, PoolCase) for case in cases):
+        return []
+    return [f"{package} is left out: pip install rnnattn[bench-peers] for it" for package in runtimes.missing()]
+
+
+def _ceilings(cases: Sequence[Case], device: torch.device) -> ceilings.Ceilings:
+    dtypes = [case.dtype for case in cases if not isinstance(case, PoolCase)]
+    return ceilings.measure(dtypes) if dtypes and device.type == "cpu" else ceilings.Ceilings()
 
 
 def _measure(
+    new: Results,
     cases: Sequence[Case],
     with_digits: bool,
     backends: Sequence[str],
     device: torch.device,
-    seconds: float,
-    epochs: int,
-    console: Any,
-) -> tuple[list[ModelRow], list[Row]]:
-    """Everything there is to measure, under a progress bar."""
-    stages = (1 + len(backends)) * with_digits + len(MODES) * len(cases)
-    rows: list[Row] = []
-    with _progress(console) as progress:
-        task = progress.add_task("", total=stages)
+    options: argparse.Namespace,
+    progress: Any,
+) -> Iterator[None]:
+    """Adds everything there is to measure to `new`; yields after the model and after every case."""
+    task = progress.add_task("", total=(1 + len(backends)) * with_digits + sum(len(case.modes) for case in cases))
 
-        def advance(stage: str) -> None:
-            progress.update(task, advance=1, description=stage)
+    def advance(stage: str) -> None:
+        progress.update(task, advance=1, description=stage)
 
-        model = digits.measure(backends, device, epochs, seconds, advance) if with_digits else []
-        for case in cases:
-            progress.update(task, description=name(case))
-            for mode, found in measure(case, _experiment(case, device), backends, seconds):
-                rows += found
-                advance(f"{name(case)} {mode}")
-    return model, rows
+    if with_digits:
+        new.model.extend(digits.measure(backends, device, options.epochs, options.seconds, advance))
+        yield
+    for case in cases:
+        progress.update(task, description=name(case))
+        for mode, found in measure(case, _experiment(case, device), backends, options.seconds):
+            new.rows.extend(found)
+            advance(f"{name(case)} {mode}")
+        yield
 
 
 def _experiment(case: Case, device: torch.device) -> Experiment:
-    return lstm.experiment(case, device) if isinstance(case, LSTMCase) else pooling.experiment(case, device)
+    if isinstance(case, StepCase):
+        return streaming.experiment(case, device)
+    return pooling.experiment(case, device) if isinstance(case, PoolCase) else recurrent.experiment(case, device)
 
 
 def _usable(backends: Sequence[str], device: torch.device, console: Any) -> list[str]:

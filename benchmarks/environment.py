@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import re
@@ -34,6 +35,8 @@ class Environment:
     fp32: str  # what torch's switches make of fp32 on a GPU: ieee or tf32
     python: str
     system: str
+    onnxruntime: str
+    openvino: str
     commit: str
     date: str
 
@@ -70,6 +73,8 @@ def collect(device: torch.device) -> Environment:
         fp32=_fp32_precision() if cuda else "ieee",
         python=platform.python_version(),
         system=platform.platform(),
+        onnxruntime=_version_of("onnxruntime"),
+        openvino=_version_of("openvino"),
         commit=_commit(),
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -122,6 +127,13 @@ def _triton_version() -> str:
     except ImportError:
         return "none"
     return str(triton.__version__)
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _commit() -> str:

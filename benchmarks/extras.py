@@ -5,7 +5,14 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-PACKAGES = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+PACKAGES = {
+    "rich": ("rich", "bench"),
+    "matplotlib": ("matplotlib", "bench"),
+    "sklearn": ("scikit-learn", "bench"),
+    "onnx": ("onnx", "bench-peers"),
+    "onnxruntime": ("onnxruntime", "bench-peers"),
+    "openvino": ("openvino", "bench-peers"),
+}
 
 
 def optional(module: str) -> ModuleType:
@@ -17,5 +24,5 @@ def optional(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = PACKAGES[module.partition(".")[0]]
-        raise SystemExit(f"the benchmarks need {package} ({error}): pip install rnnattn[bench]") from error
+        package, extra = PACKAGES[module.partition(".")[0]]
+        raise SystemExit(f"the benchmarks need {package} ({error}): pip install rnnattn[{extra}]") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,21 +11,31 @@ import torch
 from torch import Tensor, nn
 
 import rnnattn
-from benchmarks.cases import Case
-from benchmarks.results import OWN_BACKENDS, Row
-from benchmarks.timing import Contender, Timing, compare
+from benchmarks.cases import BACKWARD, FORWARD, Case
+from benchmarks.results import BY_TORCH, OWN_BACKENDS, Row
+from benchmarks.timing import Contender, Context, Timing, compare, ratios
 
-FORWARD, BACKWARD = MODES = ("forward", "forward+backward")
 WRONG = 0.02  # relative L2 error from which a result counts as wrong, in any dtype
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation to compare with. Of those with one name, the fastest is the baseline."""
+    """An implementation to compare with. Of those with one name, the fastest that is right is the baseline.
+
+    forward: gives the output. With `trains` it is differentiated in forward+backward, else it sits that out.
+    context: entered around it. settle: as in `timing.Contender`.
+    seen: what of the output can be compared, such as without padding.
+    informational: why it is never a baseline, or an empty text.
+    """
 
     name: str
     kernel: Callable[[], str]
     forward: Callable[[], Tensor]
+    context: Context = contextlib.nullcontext
+    settle: float = 0.0
+    seen: Callable[[Tensor], Tensor] = lambda y: y
+    trains: bool = True
+    informational: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,8 @@ class Experiment:
     exact: Callable[[], Tensor]  # the output in float64
     exact_inputs: list[Tensor]
     modules: Sequence[nn.Module] = ()
+    operations: int = 1  # in one call, where what is reported is less than a call
+    unrecorded: tuple[str, str] = ("unknown", "unknown")  # backend and kernel, where `rnnattn.explain` sees no choice
 
 
 @dataclass(frozen=True)
@@ -50,61 +63,81 @@ class _Entry:
     contender: Contender | None
     error: float | None = None
     failure: str = ""
+    informational: str = ""
 
 
 def measure(
     case: Case, experiment: Experiment, backends: Sequence[str], seconds: float
 ) -> Iterator[tuple[str, list[Row]]]:
     """Rows of each mode in turn; `seconds` is the time for one mode."""
-    truth = _results(experiment.exact, experiment.exact_inputs, experiment.dy.double())
-    for mode in MODES:
+    truth = _truth(case, experiment)
+    for mode in case.modes:
         for module in experiment.modules:
             module.train(mode == BACKWARD)
-        with torch.set_grad_enabled(mode == BACKWARD):
+        with torch.inference_mode(mode == FORWARD):
             rows = _cell(case, experiment, mode, backends, truth, seconds)
         yield mode, rows
+
+
+def _truth(case: Case, experiment: Experiment) -> list[Tensor]:
+    """The exact output and, where gradients are measured, those of all inputs."""
+    if BACKWARD in case.modes:
+        return _results(experiment.exact, experiment.exact_inputs, experiment.dy.double())
+    with torch.inference_mode():
+        return [experiment.exact()]
 
 
 def _cell(
     case: Case, experiment: Experiment, mode: str, backends: Sequence[str], truth: list[Tensor], seconds: float
 ) -> list[Row]:
     ours = _ours(experiment, mode, backends, truth)
-    peers = [
-        _checked(_Entry(peer.name, "", peer.kernel(), Contender(_call(peer.forward, experiment, mode))), truth)
-        for peer in experiment.peers
-    ]
+    peers = [_peer(peer, experiment, mode, truth) for peer in experiment.peers if peer.trains or mode == FORWARD]
     running = [entry for entry in [*ours, *peers] if entry.contender is not None]
     contenders = [entry.contender for entry in running if entry.contender is not None]
     timings = dict(zip(map(id, running), compare(contenders, seconds, experiment.dy.device), strict=True))
-    baselines: dict[str, _Entry] = {}
-    for peer in peers:
-        best = baselines.get(peer.name)
-        if best is None or _median(timings.get(id(peer))) < _median(timings.get(id(best))):
-            baselines[peer.name] = peer
+    fastest: dict[str, _Entry] = {}
+    for peer in (peer for peer in peers if not _rejected(peer)):
+        best = fastest.get(peer.name)
+        if best is None or timings[id(peer)].median_ms < timings[id(best)].median_ms:
+            fastest[peer.name] = peer
     return [
-        _row(case, mode, entry, timings.get(id(entry)), baseline, timings.get(id(baseline)))
+        _row(case, mode, entry, timings.get(id(entry)), peer, timings.get(id(peer)), fastest.get(peer.name, peer))
         for entry in ours
-        for baseline in baselines.values()
+        for peer in peers
     ]
 
 
 def _ours(experiment: Experiment, mode: str, backends: Sequence[str], truth: list[Tensor]) -> list[_Entry]:
-    """One entry per backend asked for; one that comes to the same kernel as an earlier one is left out."""
+    """One entry per kernel that the backends asked for come to."""
     entries: list[_Entry] = []
+    call = _call(experiment.ours, experiment, mode)
     for name in backends:
         try:
             with rnnattn.use_backend(name):
-                decision = rnnattn.explain(experiment.ours)[0]
+                decisions = rnnattn.explain(experiment.ours)
         except Exception as error:  # a crash of one case must not lose the results of the others
             failure = f"unsupported: {error}" if isinstance(error, rnnattn.BackendError) else _failed(error)
             entries.append(_Entry(name, name, "", None, failure=failure))
             continue
-        if any((entry.backend, entry.kernel) == (decision.backend, decision.kernel) for entry in entries):
+        ran = (decisions[0].backend, decisions[0].kernel) if decisions else experiment.unrecorded
+        same = next((n for n, entry in enumerate(entries) if (entry.backend, entry.kernel) == ran), None)
+        if same is not None:
+            entries[same] = replace(entries[same], name=f"{entries[same].name}, {name}")
             continue
-        contender = Contender(_call(experiment.ours, experiment, mode), functools.partial(rnnattn.use_backend, name))
-        entry = _Entry(name, decision.backend, decision.kernel, contender)
-        entries.append(_checked(entry, truth))
+        contender = Contender(call, functools.partial(rnnattn.use_backend, name), experiment.operations)
+        entries.append(_checked(_Entry(name, *ran, contender), truth))
     return entries
+
+
+def _peer(peer: Peer, experiment: Experiment, mode: str, truth: list[Tensor]) -> _Entry:
+    try:
+        with peer.context():
+            kernel = peer.kernel()
+    except Exception as error:
+        return _Entry(peer.name, "", "", None, failure=_failed(error), informational=peer.informational)
+    contender = Contender(_call(peer.forward, experiment, mode), peer.context, experiment.operations, peer.settle)
+    entry = _Entry(peer.name, "", kernel, contender, informational=peer.informational)
+    return _checked(entry, truth, peer.seen)
 
 
 def _call(forward: Callable[[], Tensor], experiment: Experiment, mode: str) -> Callable[[], list[Tensor]]:
@@ -119,7 +152,7 @@ def _results(forward: Callable[[], Tensor], inputs: list[Tensor], dy: Tensor) ->
     return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
 
-def _checked(entry: _Entry, truth: list[Tensor]) -> _Entry:
+def _checked(entry: _Entry, truth: list[Tensor], seen: Callable[[Tensor], Tensor] = lambda y: y) -> _Entry:
     """Runs the entry once: its error, or the failure that takes it out of the timing."""
     assert entry.contender is not None
     try:
@@ -128,6 +161,7 @@ def _checked(entry: _Entry, truth: list[Tensor]) -> _Entry:
     except Exception as error:
         return replace(entry, contender=None, failure=_failed(error))
     assert isinstance(results, list)
+    results[0] = seen(results[0])
     return replace(entry, error=max(map(relative_error, results, truth)))
 
 
@@ -139,10 +173,10 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 
 def _row(
-    case: Case, mode: str, ours: _Entry, time: Timing | None, baseline: _Entry, baseline_time: Timing | None
+    case: Case, mode: str, ours: _Entry, time: Timing | None, peer: _Entry, peer_time: Timing | None, fastest: _Entry
 ) -> Row:
-    note = _objection(ours, baseline)
-    ratio = baseline_time.median_ms / time.median_ms if time and baseline_time else None
+    note = _objection(ours, peer, fastest)
+    low, ratio, high = ratios(peer_time, time) if time and peer_time else (None, None, None)
     return Row(
         op=case.op,
         case=case.shape,
@@ -151,45 +185,59 @@ def _row(
         requested=ours.name,
         backend=ours.backend,
         kernel=ours.kernel,
-        baseline=baseline.name,
-        baseline_kernel=baseline.kernel,
+        baseline=peer.name,
+        baseline_kernel=peer.kernel,
         median_ms=time.median_ms if time else None,
         spread=time.spread if time else None,
-        baseline_median_ms=baseline_time.median_ms if baseline_time else None,
-        baseline_spread=baseline_time.spread if baseline_time else None,
+        baseline_median_ms=peer_time.median_ms if peer_time else None,
+        baseline_spread=peer_time.spread if peer_time else None,
         ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
+        gflops=_rate(case, mode, time),
+        baseline_gflops=_rate(case, mode, peer_time),
+        intensity=case.intensity,
         error=ours.error,
-        baseline_error=baseline.error,
-        repetitions=time.repetitions if time else 0,
+        baseline_error=peer.error,
+        repetitions=len(time.rounds) if time else 0,
         counts=not note,
         failed=ours.failure.startswith("failed") or _wrong(ours),
         note=note,
     )
 
 
-def _objection(ours: _Entry, baseline: _Entry) -> str:
+def _rate(case: Case, mode: str, time: Timing | None) -> float | None:
+    flops = case.flops(mode)
+    return flops / time.median_ms / 1e6 if time and flops else None
+
+
+def _objection(ours: _Entry, peer: _Entry, fastest: _Entry) -> str:
     """Why a row does not count, or an empty text."""
     if ours.failure:
         return ours.failure
-    if ours.backend == "torch":
-        return "auto ran torch's own kernel"
-    if ours.backend not in OWN_BACKENDS:
-        return f"auto ran the {ours.backend} equations, no kernel"
     if _wrong(ours):
         return f"our result is wrong (error {ours.error:.2g})"
-    if baseline.failure:
-        return f"the baseline {baseline.failure}"
-    if _wrong(baseline):
-        return f"the baseline's result is wrong (error {baseline.error:.2g})"
+    rejected = _rejected(peer)
+    if rejected or peer is not fastest:
+        return rejected or f"{peer.name} is faster in another form"
+    if ours.backend == "torch":
+        return BY_TORCH
+    return "" if ours.backend in OWN_BACKENDS else f"auto ran the {ours.backend} equations, no kernel"
+
+
+def _rejected(peer: _Entry) -> str:
+    """Why a peer is no baseline, or an empty text."""
+    if peer.failure:
+        return f"the baseline {peer.failure}"
+    if peer.informational:
+        return f"for information only: {peer.informational}"
+    if _wrong(peer):
+        return f"the baseline's result is wrong (error {peer.error:.2g})"
     return ""
 
 
 def _wrong(entry: _Entry) -> bool:
     return entry.error is not None and entry.error > WRONG
-
-
-def _median(timing: Timing | None) -> float:
-    return timing.median_ms if timing else float("inf")
 
 
 def _failed(error: Exception) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import MODES
 from benchmarks.extras import optional
-from benchmarks.measure import MODES
 from benchmarks.results import ModelRow, Results, Row
 
 COLOURS = {"cpp": "#2a6f97", "triton": "#c8553d", "cuda": "#588157"}
@@ -17,8 +17,6 @@ INK, GRID, BEFORE, AFTER = "#333333", "#dddddd", "#b8b8b8", "#2a6f97"
 def draw(results: Results, folder: Path) -> list[Path]:
     """<device>-<op>-<dtype>.png for everything that has rows that count, and <device>-digits.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    e = results.environment
-    machine = f"{e.device_name} ({e.isa}), torch {e.torch}, {e.engine}"
     counted: dict[str, list[Row]] = {}
     for row in results.rows:
         if row.counts and row.ratio is not None:
@@ -28,36 +26,65 @@ def draw(results: Results, folder: Path) -> list[Path]:
         figures["digits"] = _model_times(results.model)
     paths = []
     for name, figure in figures.items():
-        figure.supxlabel(machine, fontsize=8, x=0.99, ha="right", color=INK)
-        paths.append(folder / f"{e.device}-{name}.png")
+        figure.supxlabel(machine(results), fontsize=8, x=0.99, ha="right", color=INK)
+        paths.append(folder / f"{results.environment.device}-{name}.png")
         figure.savefig(paths[-1], dpi=140, facecolor="white")
     return paths
 
 
+def machine(results: Results) -> str:
+    e = results.environment
+    return f"{e.device_name} ({e.isa}), torch {e.torch}, {e.engine}"
+
+
 def _ratios(rows: Sequence[Row]) -> Any:
-    """A panel per baseline and pass, a bar per case and backend; the line at 1 is the baseline."""
+    """A panel per baseline and pass, a bar per case and backend from the line at 1, the baseline; a
+    thin line spans the quartiles."""
     baselines = {row.baseline: [other for other in rows if other.baseline == row.baseline] for row in rows}
     cases = {baseline: list(dict.fromkeys(row.case for row in found)) for baseline, found in baselines.items()}
     backends = list(dict.fromkeys(row.backend for row in rows))
     modes = [mode for mode in MODES if any(row.mode == mode for row in rows)]
     thickness = 0.76 / len(backends)
-    widest = max(row.ratio or 0 for row in rows)
     inches = 0.22 + 0.14 * len(backends)  # of one case
     figure, panels = _figure([len(found) for found in cases.values()], len(modes), inches)
+    _scale(panels, rows)
     for line, (baseline, found) in zip(panels, baselines.items(), strict=True):
         for panel, mode in zip(line, modes, strict=True):
             for n, backend in enumerate(backends):
-                ratios = {row.case: row.ratio for row in found if (row.mode, row.backend) == (mode, backend)}
+                here = {row.case: row for row in found if (row.mode, row.backend) == (mode, backend)}
                 offset = (n - (len(backends) - 1) / 2) * thickness
-                places = [k + offset for k, case in enumerate(cases[baseline]) if case in ratios]
-                values = [ratios[case] for case in cases[baseline] if case in ratios]
-                bars = panel.barh(places, values, 0.9 * thickness, color=COLOURS.get(backend, INK))
-                panel.bar_label(bars, [f"{value:.2f}x" for value in values], padding=3, fontsize=8, color=INK)
+                for k, case in enumerate(cases[baseline]):
+                    if case in here:
+                        _bar(panel, k + offset, here[case], 0.9 * thickness, COLOURS.get(backend, INK))
             panel.axvline(1, color=INK, linewidth=1)
-            panel.set_xlim(0, 1.18 * max(widest, 1))
             _label(panel, f"{mode}, against {baseline}", cases[baseline])
+            panel.set_visible(any(row.mode == mode for row in found))
     _head(figure, f"{rows[0].op}, {rows[0].dtype}: times as fast", {name: COLOURS.get(name, INK) for name in backends})
     return figure
+
+
+def _bar(panel: Any, place: float, row: Row, thickness: float, colour: str) -> None:
+    ratio, low, high = (value or 1.0 for value in (row.ratio, row.ratio_low, row.ratio_high))
+    panel.barh(place, ratio - 1, thickness, left=1, color=colour)
+    panel.plot([low, high], [place, place], color=INK, linewidth=1)
+    end, shift, side = (max(ratio, high), 4, "left") if ratio >= 1 else (min(ratio, low), -4, "right")
+    panel.annotate(
+        f"{ratio:.2f}x", (end, place), (shift, 0), textcoords="offset points", fontsize=8, color=INK, ha=side,
+        va="center_baseline",
+    )  # fmt: skip
+
+
+def _scale(panels: Any, rows: Sequence[Row]) -> None:
+    """A logarithmic axis: half as fast is as far to the left of 1 as twice as fast to its right."""
+    lowest = min(min(row.ratio or 1, row.ratio_low or 1) for row in rows)
+    highest = max(max(row.ratio or 1, row.ratio_high or 1) for row in rows)
+    room = max(1.5, (highest / lowest) ** 0.2)  # for the labels at the ends of the bars
+    left, right = min(1.0, lowest) / room, max(1.0, highest) * room
+    ticks = [2.0**power for power in range(-6, 9) if left <= 2.0**power <= right]
+    for panel in panels.flat:
+        panel.set_xscale("log", base=2)
+        panel.set_xlim(left, right)
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
 def _model_times(rows: Sequence[ModelRow]) -> Any:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import plots
+from benchmarks import plots, roofline, targets
+from benchmarks.ceilings import AT_CEILING
 from benchmarks.results import Results, means, read_folder
 
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
@@ -24,7 +25,7 @@ def render(folder: Path, readme: Path) -> list[Path]:
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise ValueError(f"{readme}: expected one line {START} and after it one line {END}")
     found = read_folder(folder)
-    drawn = [plots.draw(results, folder) for results in found]
+    drawn = [[*plots.draw(results, folder), *roofline.draw(results, folder)] for results in found]
     before, after = text.split(START)[0], text.split(END)[1]
     links = [[Path(os.path.relpath(path, readme.parent)).as_posix() for path in paths] for paths in drawn]
     readme.write_text(f"{before}{START}\n{section(found, links)}{END}{after}")
@@ -46,7 +47,8 @@ def _on_gpu(found: Sequence[Results]) -> int:
 
 def _device(results: Results, links: Sequence[str]) -> str:
     e = results.environment
-    lines = [f"**{e.device_name}** ({e.isa}; torch {e.torch}, {e.engine}; commit {e.commit}, {e.date[:10]})", ""]
+    commits = ", ".join(dict.fromkeys(run.environment.commit for run in results.runs))
+    lines = [f"**{e.device_name}** ({e.isa}; torch {e.torch}, {e.engine}; commit {commits}, {e.date[:10]})", ""]
     if results.model:
         lines += _table(
             (
@@ -84,6 +86,10 @@ def _device(results: Results, links: Sequence[str]) -> str:
                 for m in rows
             ],
         )  # fmt: skip
+    if verdicts := targets.verdicts(results):
+        lines += ["C++ kernels against the best peer of each case of the cpu suite:", ""]
+        lines += _table(targets.HEADER, [targets.cells(verdict) for verdict in verdicts])
+        lines += _limits(results)
     left_out = sum(not row.counts for row in results.rows)
     if left_out:
         lines += [f"{left_out} of {len(results.rows)} rows are left out of these means: {_reasons(results)}.", ""]
@@ -93,6 +99,16 @@ def _device(results: Results, links: Sequence[str]) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)] + [""]
+
+
+def _limits(results: Results) -> list[str]:
+    """What the limits of the latest run that measured them are."""
+    ceilings = [run.ceilings for run in results.runs if run.ceilings.products][-1:]
+    if not ceilings:
+        return []
+    rates = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in ceilings[0].products.items())
+    limit = f"{AT_CEILING:.0%} of the rate of a large product (`torch.mm`: {rates})"
+    return [f"At limit: cases in which our kernels come to {limit}; these count as reached.", ""]
 
 
 def _reasons(results: Results) -> str:

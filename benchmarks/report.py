@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks import targets
+from benchmarks.ceilings import Ceilings
 from benchmarks.extras import optional
 from benchmarks.results import ModelRow, Results, Row, means, slower_than_torch
 
@@ -39,11 +41,33 @@ def show(results: Results, console: Any) -> None:
         )
 
 
+def show_ceilings(ceilings: Ceilings, console: Any) -> None:
+    if ceilings.products:
+        rates = [f"torch.mm {dtype} {rate:.0f} GFLOP/s" for dtype, rate in ceilings.products.items()]
+        rates += [
+            f"{name} {rate:.0f} GB/s" for name, rate in (("memory", ceilings.memory), ("L2", ceilings.l2)) if rate
+        ]
+        console.print(f"{'ceilings':<12} {', '.join(rates)}", highlight=False)
+
+
+def show_targets(results: Results, console: Any) -> None:
+    """The verdicts over all rows that are known, those of earlier runs too."""
+    if found := targets.verdicts(results):
+        table = _new_table(
+            "Targets: C++ kernels against each case's best peer; the rows of all runs in the result file"
+        )
+        for column in targets.HEADER:
+            table.add_column(column)
+        for verdict in found:
+            table.add_row(*targets.cells(verdict), style="green" if verdict.reached else None)
+        console.print(table)
+
+
 def _table(op: str, rows: Sequence[Row]) -> Any:
     table = _new_table(f"{op}: ratio above 1 = faster than the baseline; rows marked * count in no mean and no plot")
     for column in ("case", "dtype", "pass", "backend", "against"):
         table.add_column(column)
-    for column in ("ms", "baseline ms", "ratio", "error", "baseline's"):
+    for column in ("ms", "baseline ms", "ratio", "quartiles", "GFLOP/s", "error", "baseline's"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -55,6 +79,8 @@ def _table(op: str, rows: Sequence[Row]) -> Any:
             _time(row.median_ms, row.spread),
             _time(row.baseline_median_ms, row.baseline_spread),
             "-" if row.ratio is None else f"{row.ratio:.2f}x{' ' if row.counts else '*'}",
+            "-" if row.ratio_low is None else f"{row.ratio_low:.2f}-{row.ratio_high:.2f}",
+            "-" if row.gflops is None else f"{row.gflops:.1f}",
             _error(row.error),
             _error(row.baseline_error),
             style=None if row.counts else "dim",
@@ -95,10 +121,11 @@ def _show_checks(rows: Sequence[ModelRow], console: Any) -> None:
 def _show_notes(rows: Sequence[Row], console: Any) -> None:
     """Why rows do not count, each reason once with its number of rows; failures by case."""
     reasons: dict[str, int] = {}
+    failures = [f"{row.op}/{row.case}-{row.dtype} {row.mode} {row.requested}: {row.note}" for row in rows if row.failed]
+    for failure in dict.fromkeys(failures):
+        console.print(f"[bold red]FAIL[/] {failure}")
     for row in rows:
-        if row.failed:
-            console.print(f"[bold red]FAIL[/] {row.op}/{row.case}-{row.dtype} {row.mode} {row.requested}: {row.note}")
-        elif row.note:
+        if row.note and not row.failed:
             reasons[row.note] = reasons.get(row.note, 0) + 1
     for reason, count in reasons.items():
         console.print(f"* {count} of {len(rows)} rows do not count: {reason}", highlight=False)

@@ -1,4 +1,4 @@
-"""Rows of results: their fields, their files, and the means over them."""
+"""Rows of results: their fields, their files, how runs are merged, and the means over rows."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ceilings import Ceilings
 from benchmarks.environment import Environment
 
 OWN_BACKENDS = ("cpp", "triton", "cuda")
+BY_TORCH = "auto ran torch's own kernel"
 
 
 @dataclass(frozen=True)
 class Row:
     """One implementation against one baseline, on one case.
 
-    ratio is baseline median / median: above 1, ours is faster. Errors are the largest relative L2
-    error against float64 of the outputs and, in forward+backward, of any gradient.
+    ratio is the median over the rounds of baseline's time / our time in a round: above 1, ours is
+    faster; ratio_low and ratio_high are its quartiles. Errors are the largest relative L2 error
+    against float64 of the outputs and, in forward+backward, of any gradient. Rates are those of the
+    operations that the case asks for: padding that a baseline computes besides is not counted.
     counts: whether the row enters means and plots; where not, note says why.
     """
 
@@ -28,7 +32,7 @@ class Row:
     case: str
     dtype: str
     mode: str  # forward, forward+backward
-    requested: str  # the backend asked for
+    requested: str  # the backends asked for that came to this kernel, such as "cpp, auto"
     backend: str  # the backend that ran
     kernel: str
     baseline: str
@@ -38,12 +42,27 @@ class Row:
     baseline_median_ms: float | None
     baseline_spread: float | None
     ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
+    gflops: float | None  # GFLOP/s; None where operations are not what bounds the case
+    baseline_gflops: float | None
+    intensity: float | None  # flop per byte of one step that reads the weights again
     error: float | None
     baseline_error: float | None
     repetitions: int
     counts: bool
     failed: bool  # ours raised or is wrong
     note: str
+    run: int = 0  # index into Results.runs
+
+    @property
+    def cell(self) -> tuple[str, str, str, str]:
+        """What is measured together, and replaced together."""
+        return self.op, self.case, self.dtype, self.mode
+
+    @property
+    def by_auto(self) -> bool:
+        return "auto" in self.requested.split(", ")
 
 
 @dataclass(frozen=True)
@@ -68,13 +87,29 @@ class ModelRow:
     baseline_predict_ms: float
     baseline_predict_spread: float
     checks: dict[str, bool]
+    run: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the rows of one run have in common."""
+
+    environment: Environment
+    ceilings: Ceilings = field(default_factory=Ceilings)
 
 
 @dataclass(frozen=True)
 class Results:
-    environment: Environment
+    """Rows of one device, from one or several runs."""
+
+    runs: list[Run]
     rows: list[Row]
     model: list[ModelRow]
+
+    @property
+    def environment(self) -> Environment:
+        """Of the latest run."""
+        return self.runs[-1].environment
 
     @property
     def failed(self) -> bool:
@@ -96,15 +131,16 @@ class Mean:
     highest: float
 
 
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
 def means(rows: Iterable[Row]) -> list[Mean]:
     ratios: dict[tuple[str, str, str, str, str], list[float]] = {}
     for row in rows:
         if row.counts and row.ratio is not None:
             ratios.setdefault((row.op, row.dtype, row.mode, row.backend, row.baseline), []).append(row.ratio)
-    return [
-        Mean(*key, len(found), math.exp(sum(map(math.log, found)) / len(found)), min(found), max(found))
-        for key, found in ratios.items()
-    ]
+    return [Mean(*key, len(found), geometric_mean(found), min(found), max(found)) for key, found in ratios.items()]
 
 
 def slower_than_torch(rows: Iterable[Row], tolerance: float = 0.05) -> list[Row]:
@@ -112,20 +148,45 @@ def slower_than_torch(rows: Iterable[Row], tolerance: float = 0.05) -> list[Row]
     return [
         row
         for row in rows
-        if row.op == "lstm" and row.requested == "auto" and row.ratio is not None and row.ratio < 1 / (1 + tolerance)
+        if row.baseline.startswith("torch.nn")
+        and row.by_auto
+        and (row.counts or row.note == BY_TORCH)
+        and row.ratio is not None
+        and row.ratio < 1 / (1 + tolerance)
     ]
 
 
+def merged(old: Results | None, new: Results) -> Results:
+    """The new rows, and of the old ones those of cells that were not measured again."""
+    if old is None:
+        return new
+    cells, shift = {row.cell for row in new.rows}, len(old.runs)
+    rows = [row for row in old.rows if row.cell not in cells]
+    model = [] if new.model else old.model
+    rows += [replace(row, run=row.run + shift) for row in new.rows]
+    model = model + [replace(row, run=row.run + shift) for row in new.model]
+    used = {row.run for row in rows} | {row.run for row in model}
+    kept = [index for index in range(shift + len(new.runs)) if index in used] or [shift]
+    place = {index: position for position, index in enumerate(kept)}
+    runs = [*old.runs, *new.runs]
+    return Results(
+        [runs[index] for index in kept],
+        [replace(row, run=place[row.run]) for row in rows],
+        [replace(row, run=place[row.run]) for row in model],
+    )
+
+
 def write(results: Results, folder: Path) -> list[Path]:
-    """<device>.json with everything, <device>.csv with a line per row and the environment in each."""
+    """<device>.json with everything, <device>.csv with a line per row and its environment in each."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = asdict(results.environment)
     paths = [folder / f"{results.environment.device}.{kind}" for kind in ("json", "csv")]
     paths[0].write_text(json.dumps(asdict(results), indent=1) + "\n")
+    environments = [asdict(run.environment) for run in results.runs]
+    names = [f.name for f in fields(Row) if f.name != "run"]
     with paths[1].open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*(field.name for field in fields(Row)), *environment], lineterminator="\n")
+        writer = csv.DictWriter(file, [*names, *environments[0]], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**asdict(row), **environment} for row in results.rows)
+        writer.writerows({**asdict(row), **environments[row.run]} for row in results.rows)
     return paths
 
 
@@ -133,10 +194,16 @@ def read(path: Path) -> Results:
     """Reads what `write` wrote as JSON."""
     data: dict[str, Any] = json.loads(path.read_text())
     return Results(
-        Environment(**data["environment"]),
+        [Run(Environment(**run["environment"]), Ceilings(**run["ceilings"])) for run in data["runs"]],
         [Row(**row) for row in data["rows"]],
         [ModelRow(**row) for row in data["model"]],
     )
+
+
+def earlier(environment: Environment, folder: Path) -> Results | None:
+    """What the folder already holds for this device."""
+    path = folder / f"{environment.device}.json"
+    return read(path) if path.is_file() else None
 
 
 def read_folder(folder: Path) -> Sequence[Results]:

@@ -6,12 +6,12 @@
 
 TORCH_LIBRARY(rnnattn_native, m) {
   m.def(
-      "lstm_layer_forward(Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? lengths, bool has_biases, "
-      "str direction, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
+      "recurrent_layer_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? lengths, bool has_biases, "
+      "str direction, str mode, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   m.def(
-      "lstm_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, "
+      "recurrent_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor? c0, "
       "Tensor[] weights, Tensor? lengths, Tensor y, Tensor gates, Tensor cells, bool has_biases, str direction, "
-      "bool needs_dx, bool needs_dweights) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+      "str mode, bool needs_dx, bool needs_dweights) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
   m.def(
       "attention_pool_forward(Tensor x, Tensor v, Tensor? w, Tensor? b, Tensor? lengths, Tensor? mask, "
       "bool need_weights) -> (Tensor pooled, Tensor weights, Tensor lse)");

@@ -15,14 +15,18 @@ from rnnattn._version import __version__
 from rnnattn.backends import BackendError, use_backend
 from rnnattn.inspection import explain, show_config
 from rnnattn.models import SequenceClassifier
-from rnnattn.nn import LSTM, AttentionPool, LSTMCell
+from rnnattn.nn import GRU, LSTM, RNN, AttentionPool, GRUCell, LSTMCell, RNNCell
 from rnnattn.swap import SwapReport, swap, unswap
 
 __all__ = [
+    "GRU",
     "LSTM",
+    "RNN",
     "AttentionPool",
     "BackendError",
+    "GRUCell",
     "LSTMCell",
+    "RNNCell",
     "SequenceClassifier",
     "SwapReport",
     "__version__",

@@ -53,40 +53,54 @@ def checked_mask(mask: Tensor | None, shape: tuple[int, int], device: torch.devi
         raise ValueError(f"mask: expected device {device} as the input has, got {mask.device}")
 
 
-def check_lstm(
-    x: Tensor, h0: Tensor, c0: Tensor, weights: list[Tensor], has_biases: bool, num_layers: int, K: int
+def check_recurrent(
+    op: str,
+    G: int,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    K: int,
 ) -> None:
-    """Raises RuntimeError where an argument of `functional.lstm` is off; x is [T, B, I]."""
+    """Raises RuntimeError where an argument of `functional.lstm`, `gru` or `rnn` is off.
+
+    x is [T, B, I], G the blocks of H rows in the cell's weights; a cell with c0 may have a projection.
+    """
     if x.dim() != 3:
-        raise RuntimeError(f"lstm: expected input with 3 dimensions, got shape {list(x.shape)}")
+        raise RuntimeError(f"{op}: expected input with 3 dimensions, got shape {list(x.shape)}")
     if not x.dtype.is_floating_point:
-        raise RuntimeError(f"lstm: expected a floating input, got {x.dtype}")
+        raise RuntimeError(f"{op}: expected a floating input, got {x.dtype}")
     T, B, I = x.shape
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     plain = 4 if has_biases else 2
     per_direction, rest = divmod(len(weights), num_layers * K)
-    if rest or per_direction not in (plain, plain + 1):
+    if rest or per_direction not in ((plain,) if c0 is None else (plain, plain + 1)):
+        number = f"{plain}" if c0 is None else f"{plain} or (with a projection) {plain + 1}"
         raise RuntimeError(
-            f"lstm: expected {plain} or (with a projection) {plain + 1} weights for each of {num_layers} "
-            f"layers and {K} directions, got {len(weights)}"
+            f"{op}: expected {number} weights for each of {num_layers} layers and {K} directions, got {len(weights)}"
         )
-    H, R = weights[0].shape[0] // 4, weights[1].shape[1]
+    H = weights[0].shape[0] // G
+    R = H if c0 is None else weights[1].shape[1]
     for name, state, features in (("h0", h0, R), ("c0", c0, H)):
+        if state is None:
+            continue
         if state.device != x.device:
             raise RuntimeError(_devices("hidden", x, state))
-        _check_parameter("lstm", name, state, (num_layers * K, B, features), x)
+        _check_parameter(op, name, state, (num_layers * K, B, features), x)
     dtype, device, features = x.dtype, x.device, I
     for first in range(0, len(weights), per_direction):
         if first == per_direction * K:
             features = K * R  # from the second layer on
-        shapes = [(4 * H, features), (4 * H, R), *[(4 * H,)] * (plain - 2), (R, H)]
+        shapes = [(G * H, features), (G * H, R), *[(G * H,)] * (plain - 2), (R, H)]
         for n, shape in zip(range(first, first + per_direction), shapes, strict=False):
             w = weights[n]
             if w.device != device:
                 raise RuntimeError(_devices("parameter", x, w))
             if w.shape != shape or w.dtype != dtype:
-                _check_parameter("lstm", f"weights[{n}]", w, shape, x)
+                _check_parameter(op, f"weights[{n}]", w, shape, x)
 
 
 def check_pool(x: Tensor, v: Tensor, w: Tensor | None, b: Tensor | None) -> None:

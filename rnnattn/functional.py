@@ -1,4 +1,4 @@
-"""The operations as functions: argument checks, choice of backend, stacking of layers.
+"""The operations as functions: torch.nn's recurrent layers and cells, and attention pooling.
 
 Dimension letters: B batch, T time, I input size, H hidden size, R output size (H, or the
 projection size), K directions, L layers, D feature size, A attention size.
@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rnnattn import autograd, backends
+from rnnattn.autocast import autocast_dtype, lowered
 from rnnattn.backends import Call
-from rnnattn.checks import check_lstm, check_pool, checked_lengths, checked_mask
+from rnnattn.checks import check_pool, checked_lengths, checked_mask
+from rnnattn.stack import op_name, run_stack, wants_grad
 
 SCORES = ("linear", "additive")
+NONLINEARITIES = ("tanh", "relu")
 
 
 def lstm(
@@ -32,6 +34,9 @@ def lstm(
     lengths: Tensor | Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A stack of LSTM layers over a batch of sequences.
+
+        i, f, o = sigmoid(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)      g = tanh(...), rows i, f, g, o
+        c_t = f * c_{t-1} + i * g,    h_t = W_hr (o * tanh(c_t))
 
     Equivalent to `torch.lstm` with the same arguments; with `lengths`, to packing the input first
     and padding the output after.
@@ -53,61 +58,97 @@ def lstm(
         RuntimeError, ValueError, TypeError: an argument of the wrong shape, dtype, device or range.
         BackendError: the backend asked for by name cannot run this call.
 
-    Source: torch.nn.LSTM; equations in `rnnattn.reference.lstm`.
+    Source: torch.nn.LSTM; Hochreiter & Schmidhuber 1997.
     """
     h0, c0 = hx
-    low = _autocast_dtype(input)
-    if low is not None:
-        with torch.autocast(input.device.type, enabled=False):
-            return lstm(
-                _lowered(input, low), (_lowered(h0, low), _lowered(c0, low)), [_lowered(w, low) for w in weights],
-                has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths,
-            )  # fmt: skip
-    weights = list(weights)
-    x = input.transpose(0, 1) if batch_first else input
-    K = 2 if bidirectional else 1
-    check_lstm(x, h0, c0, weights, has_biases, num_layers, K)
-    lengths = checked_lengths(lengths, x.shape[1], x.shape[0], x.device)
-    call = lstm_call(
-        x, weights, c0.shape[-1], h0.shape[-1], num_layers, K, lengths is not None, _wants_grad(x, h0, c0, *weights)
+    output, h_n, c_n = run_stack(
+        "LSTM", input, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths
     )
-    backend, _ = backends.select(call)
-    if backend == "torch":
-        y, h_n, c_n = backends.TORCH.lstm(
-            x, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, lengths
-        )
-    else:
-        y, h_n, c_n = _stack(x, h0, c0, weights, has_biases, num_layers, dropout, training, K, lengths, backend)
-    return y.transpose(0, 1) if batch_first else y, h_n, c_n
+    assert c_n is not None
+    return output, h_n, c_n
 
 
-def _stack(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weights: list[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    training: bool,
-    K: int,
-    lengths: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    direction = "bidirectional" if K == 2 else "forward"
-    per_layer = len(weights) // num_layers
-    h_n, c_n = [], []
-    for layer in range(num_layers):
-        if layer > 0 and dropout > 0 and training:
-            x = F.dropout(x, dropout)
-        states = slice(layer * K, (layer + 1) * K)
-        layer_weights = weights[layer * per_layer : (layer + 1) * per_layer]
-        x, h, c = autograd.lstm_layer(x, h0[states], c0[states], layer_weights, lengths, has_biases, direction, backend)
-        h_n.append(h)
-        c_n.append(c)
-    if num_layers == 1:
-        return x, h_n[0], c_n[0]
-    return x, torch.cat(h_n), torch.cat(c_n)
+def gru(
+    input: Tensor,
+    hx: Tensor,
+    weights: Sequence[Tensor],
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A stack of GRU layers over a batch of sequences.
+
+        r, z = sigmoid(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)      rows r, z
+        n = tanh(W_in x_t + b_in + r * (W_hn h_{t-1} + b_hn))      rows n
+        h_t = (1 - z) * n + z * h_{t-1}
+
+    Equivalent to `torch.gru` with the same arguments; with `lengths`, to packing the input first
+    and padding the output after.
+
+    Args:
+        hx: h0 [L * K, B, H].
+        weights: per layer and direction w_ih [3H, I or K * H], w_hh [3H, H], with has_biases b_ih
+            and b_hh [3H]; gates in the order r, z, n.
+        The others as in `lstm`, with R = H.
+
+    Returns:
+        output as `input` with K * H features, h_n [L * K, B, H].
+
+    Raises:
+        As `lstm`.
+
+    Source: torch.nn.GRU; Cho et al. 2014.
+    """
+    output, h_n, _ = run_stack(
+        "GRU", input, hx, None, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths
+    )
+    return output, h_n
+
+
+def rnn(
+    input: Tensor,
+    hx: Tensor,
+    weights: Sequence[Tensor],
+    nonlinearity: str = "tanh",
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A stack of simple recurrent layers over a batch of sequences.
+
+        h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)      or relu
+
+    Equivalent to `torch.rnn_tanh` or `torch.rnn_relu` with the same arguments; with `lengths`, to
+    packing the input first and padding the output after.
+
+    Args:
+        hx: h0 [L * K, B, H].
+        weights: per layer and direction w_ih [H, I or K * H], w_hh [H, H], with has_biases b_ih
+            and b_hh [H].
+        nonlinearity: "tanh" or "relu".
+        The others as in `lstm`, with R = H.
+
+    Returns:
+        output as `input` with K * H features, h_n [L * K, B, H].
+
+    Raises:
+        ValueError: an unknown nonlinearity. The others as `lstm`.
+
+    Source: torch.nn.RNN; Elman 1990.
+    """
+    output, h_n, _ = run_stack(
+        _rnn_mode(nonlinearity), input, hx, None, weights, has_biases, num_layers, dropout, training, bidirectional,
+        batch_first, lengths,
+    )  # fmt: skip
+    return output, h_n
 
 
 def lstm_cell(
@@ -118,7 +159,7 @@ def lstm_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of an LSTM; equivalent to `torch.lstm_cell`.
+    """One step of `lstm`; equivalent to `torch.lstm_cell`.
 
     Args:
         input: [B, I]. hx: h and c, each [B, H].
@@ -130,12 +171,82 @@ def lstm_cell(
     Raises:
         RuntimeError, ValueError: an argument of the wrong shape, dtype or device.
     """
+    h, c = _step("LSTM", input, *hx, w_ih, w_hh, b_ih, b_hh)
+    assert c is not None
+    return h, c
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """One step of `gru`; equivalent to `torch.gru_cell`.
+
+    Args:
+        input: [B, I]. hx: h [B, H].
+        w_ih, w_hh: [3H, I] and [3H, H]. b_ih, b_hh: [3H], or both None.
+
+    Returns:
+        h' [B, H].
+
+    Raises:
+        RuntimeError, ValueError: an argument of the wrong shape, dtype or device.
+    """
+    return _step("GRU", input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    nonlinearity: str = "tanh",
+) -> Tensor:
+    """One step of `rnn`; equivalent to `torch.rnn_tanh_cell` or `torch.rnn_relu_cell`.
+
+    Args:
+        input: [B, I]. hx: h [B, H].
+        w_ih, w_hh: [H, I] and [H, H]. b_ih, b_hh: [H], or both None.
+        nonlinearity: "tanh" or "relu".
+
+    Returns:
+        h' [B, H].
+
+    Raises:
+        RuntimeError, ValueError: an argument of the wrong shape, dtype or device.
+    """
+    return _step(_rnn_mode(nonlinearity), input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+
+
+def _rnn_mode(nonlinearity: str) -> str:
+    if nonlinearity not in NONLINEARITIES:
+        raise ValueError(f"nonlinearity: expected one of {', '.join(NONLINEARITIES)}, got {nonlinearity!r}")
+    return f"RNN_{nonlinearity.upper()}"
+
+
+def _step(
+    mode: str,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """h' and c' of a layer over one step."""
     if (b_ih is None) != (b_hh is None):
-        raise ValueError("lstm_cell: expected b_ih and b_hh both given or both None")
+        raise ValueError(f"{op_name(mode)}_cell: expected b_ih and b_hh both given or both None")
     biases = [] if b_ih is None or b_hh is None else [b_ih, b_hh]
-    h, c = hx
-    _, h_n, c_n = lstm(input[None], (h[None], c[None]), [w_ih, w_hh, *biases], has_biases=bool(biases))
-    return h_n[0], c_n[0]
+    c0 = None if c is None else c[None]
+    _, h_n, c_n = run_stack(mode, x[None], h[None], c0, [w_ih, w_hh, *biases], has_biases=bool(biases))
+    return h_n[0], None if c_n is None else c_n[0]
 
 
 def attention_pool(
@@ -172,60 +283,30 @@ def attention_pool(
 
     Source: Bahdanau et al. 2015 (additive scores), Yang et al. 2016 (pooling).
     """
-    low = _autocast_dtype(input)
+    low = autocast_dtype(input)
     if low is not None:
-        w, b = (None if p is None else _lowered(p, low) for p in (w, b))
         with torch.autocast(input.device.type, enabled=False):
             return attention_pool(
-                _lowered(input, low), _lowered(v, low), w, b, lengths=lengths, mask=mask, need_weights=need_weights
-            )
+                lowered(input, low), lowered(v, low), lowered(w, low), lowered(b, low),
+                lengths=lengths, mask=mask, need_weights=need_weights,
+            )  # fmt: skip
     check_pool(input, v, w, b)
     B, T, _ = input.shape
     if lengths is not None and mask is not None:
         raise ValueError("attention_pool: expected lengths or mask, got both")
     lengths = checked_lengths(lengths, B, T, input.device)
     checked_mask(mask, (B, T), input.device)
-    grad = _wants_grad(input, v, *[p for p in (w, b) if p is not None])
-    backend, _ = backends.select(pool_call(input, w, lengths is not None or mask is not None, grad))
+    ragged = lengths is not None or mask is not None
+    backend, _ = backends.select(_pool_call(input, w, ragged, wants_grad(input, v, w, b)))
     if backend == "torch":
         pooled, p = backends.TORCH.attention_pool(input, v, w, b, lengths, mask)
         return pooled, p if need_weights else None
     return autograd.attention_pool(input, v, w, b, lengths, mask, need_weights, backend)
 
 
-def lstm_call(
-    x: Tensor, weights: list[Tensor], H: int, R: int, num_layers: int, K: int, ragged: bool, grad: bool
-) -> Call:
-    """What `backends.select` needs to know of an LSTM call; x is [T, B, I]."""
-    T, B, I = x.shape
-    return Call(
-        "lstm", x.device.type, x.dtype, B, T, I, H, num_layers, K, R if R != H else 0, ragged, grad,
-        torch.compiler.is_compiling(),
-    )  # fmt: skip
-
-
-def pool_call(x: Tensor, w: Tensor | None, ragged: bool, grad: bool) -> Call:
+def _pool_call(x: Tensor, w: Tensor | None, ragged: bool, grad: bool) -> Call:
     """What `backends.select` needs to know of a pooling call; x is [B, T, D]."""
     B, T, D = x.shape
     A = 0 if w is None else w.shape[0]
     compiling = torch.compiler.is_compiling()
     return Call("attention_pool", x.device.type, x.dtype, B, T, D, A, ragged=ragged, grad=grad, compiling=compiling)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast runs torch's own recurrent layers in; None where it is off."""
-    if not torch._C._is_any_autocast_enabled():
-        return None
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def _lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast casts: floating tensors but float64."""
-    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-
-def _wants_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -6,10 +6,17 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from rnnattn.nn import LSTM, LSTMCell
+from rnnattn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-SWAPS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
-KEPT = "has no counterpart in rnnattn yet"
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LSTM: LSTM,
+    nn.GRU: GRU,
+    nn.RNN: RNN,
+    nn.LSTMCell: LSTMCell,
+    nn.GRUCell: GRUCell,
+    nn.RNNCell: RNNCell,
+}
+KEPT = "has no counterpart in rnnattn"
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -40,7 +47,7 @@ def swap(model: nn.Module) -> SwapReport:
     and after. Subclasses and parametrised modules are left alone, as their behaviour may differ.
 
     Args:
-        model: any module. Where it is itself a torch.nn.LSTM it cannot be replaced in place: use
+        model: any module. Where it is itself a recurrent layer it cannot be replaced in place: use
             the report's `model`.
 
     Returns:

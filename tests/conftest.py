@@ -48,6 +48,13 @@ def fresh_state() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=backend_parameters("reference", "cpp", "torch"))
+def chosen(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A test of the modules runs on each of these; the kernels themselves are held to the cases elsewhere."""
+    with rnnattn.use_backend(request.param):
+        yield request.param
+
+
 def _required(nodeid: str) -> str | None:
     return next((name for name in REQUIRED if name in nodeid), None)
 

@@ -7,19 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    F32,
-    F64,
-    OWN,
-    POOL_CASES,
-    SATURATED_POOL_CASES,
-    PoolCase,
-    backend_parameters,
-    device_of,
-    moved,
-    runs,
-    truth,
-)
+from cases import F32, F64, OWN, backend_parameters, device_of, moved, runs, truth
+from pool_cases import POOL_CASES, SATURATED_POOL_CASES, PoolCase
 from tolerances import TOLERANCES, assert_close, relative_error
 
 import rnnattn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -31,6 +32,14 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def lstm() -> Any:
     return rnnattn.LSTM(3, 4)(torch.ones(2, 1, 3))
+
+
+def gru() -> Any:
+    return rnnattn.GRU(3, 4)(torch.ones(2, 1, 3))
+
+
+def rnn() -> Any:
+    return rnnattn.RNN(3, 4)(torch.ones(2, 1, 3))
 
 
 def pool() -> Any:
@@ -78,15 +87,18 @@ def test_what_is_asked_for_runs(name: str) -> None:
 
 def test_the_adapter_that_is_named_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    forward = backends.get("reference").lstm_layer_forward
-    monkeypatch.setattr(backends.get("reference"), "lstm_layer_forward", lambda *a: ran.append(1) or forward(*a))
+    forward = backends.get("reference").recurrent_layer_forward
+    monkeypatch.setattr(
+        backends.get("reference"), "recurrent_layer_forward", lambda *a: ran.append(a[-2]) or forward(*a)
+    )
     with rnnattn.use_backend("reference"):
-        lstm()
-    assert ran == [1]
+        for run in (lstm, gru, rnn):
+            run()
+    assert ran == ["LSTM", "GRU", "RNN_TANH"]
 
 
 @pytest.mark.parametrize("name", ["cpp", "triton", "cuda", "torch"])
-@pytest.mark.parametrize("run", [lstm, pool])
+@pytest.mark.parametrize("run", [lstm, gru, rnn, pool])
 def test_what_is_asked_for_never_falls_back(name: str, run: Any, only_reference: None) -> None:
     with (
         rnnattn.use_backend(name),
@@ -134,6 +146,8 @@ def test_auto_warns_once_for_each_operation(only_reference: None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lstm()
+    with pytest.warns(UserWarning, match="rnnattn: gru on cpu falls back to the reference.*cpp is out of order"):
+        gru()
     with pytest.warns(UserWarning, match="attention_pool on cpu falls back .*cpp is out of order"):
         pool()
 
@@ -150,10 +164,11 @@ def test_auto_says_what_it_passed_over(only_reference: None) -> None:
 def test_the_reference_is_not_announced_when_asked_for(only_reference: None) -> None:
     with rnnattn.use_backend("reference"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        lstm()
-        pool()
+        for run in (lstm, gru, rnn, pool):
+            run()
 
 
+OPS = ("lstm", "gru", "rnn", "attention_pool")
 CALLS = [
     Call("lstm", "cpu", BF16, 16, 64, 256, H, layers, K, 0, ragged, grad=True)
     for H, layers, K, ragged in itertools.product((1024, 1536, 4096), (1, 2), (1, 2), (False, True))
@@ -172,7 +187,7 @@ def test_wrong_gradients_are_never_chosen(call: Call, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
-@pytest.mark.parametrize("op", ["lstm", "attention_pool"])
+@pytest.mark.parametrize("op", OPS)
 def test_the_order_ends_with_what_runs_everywhere(op: str, device: str) -> None:
     for dtype, *flags in itertools.product((F64, F32, BF16), *[(False, True)] * 3):
         call = Call(op, device, dtype, 4, 8, 16, 16, **dict(zip(("ragged", "grad", "compiling"), flags, strict=True)))
@@ -183,7 +198,7 @@ def test_the_order_ends_with_what_runs_everywhere(op: str, device: str) -> None:
 
 
 def test_every_backend_answers_every_question() -> None:
-    calls = itertools.product(("lstm", "attention_pool"), (F64, F32, BF16), ("cpu", "cuda", "xpu"))
+    calls = itertools.product(OPS, (F64, F32, BF16), ("cpu", "cuda", "xpu"))
     for backend, (op, dtype, device) in itertools.product(backends.BACKENDS.values(), calls):
         call = Call(op, device, dtype, 4, 8, 16, 16)
         assert isinstance(backend, Backend)
@@ -197,6 +212,72 @@ def test_every_backend_answers_every_question() -> None:
 def test_devices_are_refused_by_name(name: str, device: str) -> None:
     reason = backends.get(name).unsupported(Call("lstm", device, F32, 1, 1, 1, 1))
     assert reason is not None and device in reason
+
+
+def test_gpu_kernels_of_a_gru_are_not_promised() -> None:
+    for name, op in itertools.product(("triton", "cuda"), ("gru", "rnn")):
+        assert backends.get(name).unsupported(Call(op, "cuda", F32, 4, 8, 16, 16)) == "it has no GRU or RNN kernels yet"
+        assert backends.get(name).unsupported(Call("lstm", "cuda", F32, 4, 8, 16, 16)) is None
+
+
+@pytest.mark.parametrize("op", ["gru", "rnn"])
+def test_a_gru_on_a_cpu_runs_on_cpp_then_torch_then_the_reference(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call(op, "cpu", F32, 4, 8, 16, 16, grad=True)
+    monkeypatch.setattr(backends, "_required", [])
+    monkeypatch.setattr(backends, "_warned", {op})
+    monkeypatch.setattr(backends.get("cpp"), "unavailable", lambda: None)
+    assert backends.select(call).backend == "cpp"
+    monkeypatch.setattr(backends.get("cpp"), "unavailable", lambda: "not built")
+    assert backends.select(call).backend == "torch"
+    for unsuited in ({"compiling": True}, {"B": 0}):
+        assert backends.select(dataclasses.replace(call, **unsuited)).backend == "reference"
+
+
+def test_torchs_kernels_on_a_cpu() -> None:
+    """aten/src/ATen/native/RNN.cpp: use_mkldnn is asked for a padded LSTM without projection, in these dtypes."""
+    plain = Call("lstm", "cpu", F32, 4, 8, 16, 16)
+    steps = "ATen {} (a GEMM and pointwise kernels per step)".format
+    assert backends.TORCH.kernel(plain) == "oneDNN LSTM"
+    for other in ({"dtype": F64}, {"projection": 3}, {"ragged": True}):
+        assert backends.TORCH.kernel(dataclasses.replace(plain, **other)) == steps("LSTM")
+    for op in ("gru", "rnn"):
+        assert backends.TORCH.kernel(dataclasses.replace(plain, op=op)) == steps(op.upper())
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert backends.TORCH.kernel(plain) == steps("LSTM")
+
+
+SMALL, STATIC, STANDARD = "cuDNN PERSIST_STATIC_SMALL_H", "cuDNN PERSIST_STATIC", "cuDNN STANDARD"
+
+
+@pytest.mark.parametrize(
+    "op, settings, branch",
+    [
+        ("lstm", {"hidden": 192}, SMALL),
+        ("gru", {"hidden": 192}, SMALL),
+        ("gru", {"hidden": 193}, STANDARD),
+        ("gru", {"hidden": 192, "grad": True}, STANDARD),
+        ("gru", {"hidden": 128, "grad": True}, SMALL),
+        ("rnn", {"hidden": 384}, SMALL),
+        ("rnn", {"hidden": 385}, STANDARD),
+        ("rnn", {"hidden": 256, "grad": True}, SMALL),
+        ("rnn", {"hidden": 257, "grad": True}, STANDARD),
+        ("gru", {"hidden": 64, "dtype": F64}, STANDARD),
+        ("rnn", {"hidden": 64, "ragged": True}, STANDARD),
+        ("lstm", {"hidden": 512, "dtype": torch.float16}, STATIC),
+        ("gru", {"hidden": 512, "dtype": torch.float16}, STANDARD),
+        ("rnn", {"hidden": 512, "dtype": torch.float16}, STATIC),
+        ("rnn", {"hidden": 896, "dtype": torch.float16, "B": 96}, STANDARD),
+        ("lstm", {"hidden": 896, "dtype": torch.float16, "B": 96}, STATIC),
+        ("rnn", {"hidden": 896, "dtype": torch.float16, "B": 88}, STATIC),
+        ("rnn", {"hidden": 512, "dtype": BF16}, STANDARD),
+    ],
+    ids=str,
+)
+def test_cudnns_algorithm(op: str, settings: dict[str, Any], branch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branches of get_algo (aten/src/ATen/native/cudnn/RNN.cpp), as on an H100."""
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    call = dataclasses.replace(Call(op, "cuda", F32, 16, 32, 128, 64), **settings)
+    assert backends.TORCH.kernel(call) == branch
 
 
 # --- telling --------------------------------------------------------------------------------------
@@ -216,6 +297,19 @@ def test_explain_tells_backend_kernel_and_reason() -> None:
     ]
     assert set(decision.others) == set(backends.BACKENDS) - {"reference"}
     assert all(f"  {name}: {why}" in str(explanation) for name, why in decision.others.items())
+
+
+@pytest.mark.parametrize("module, op", [(rnnattn.GRU, "gru"), (rnnattn.RNN, "rnn")])
+def test_explain_names_the_cell(module: type[torch.nn.Module], op: str) -> None:
+    with rnnattn.use_backend("torch"):
+        (decision,) = rnnattn.explain(module(3, 4, bidirectional=True), torch.ones(2, 1, 3), lengths=[1])
+    c = decision.call
+    assert (c.op, c.features, c.hidden, c.directions, c.projection, c.ragged) == (op, 3, 4, 2, 0, True)
+    assert c.recurrent and decision.kernel == f"ATen {op.upper()} (a GEMM and pointwise kernels per step)"
+    assert decision.others["cuda"] != "could run it"
+    with rnnattn.use_backend("reference"):
+        (step,) = rnnattn.explain(getattr(rnnattn, module.__name__ + "Cell")(3, 4), torch.ones(2, 3))
+    assert (step.call.op, step.call.B, step.call.T) == (op, 2, 1)
 
 
 def test_explain_follows_the_call() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import backend_parameters
+from tolerances import close
 from torch import Tensor, nn
 
 import rnnattn
@@ -15,14 +16,14 @@ F64 = torch.float64
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "LSTM") -> None:
         super().__init__()
-        self.lstm = rnnattn.LSTM(4, 5, 2, batch_first=True, bidirectional=True)
+        self.recurrent = getattr(rnnattn, kind)(4, 5, 2, batch_first=True, bidirectional=True)
         self.pool = rnnattn.AttentionPool(10, "additive", 3)
         self.out = nn.Linear(10, 2)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        y, _ = self.lstm(x, lengths=lengths)
+        y, _ = self.recurrent(x, lengths=lengths)
         pooled, weights = self.pool(y, lengths=lengths, return_weights=True)
         return self.out(pooled), weights
 
@@ -35,17 +36,18 @@ def fresh_compiler() -> Any:
 
 
 @pytest.fixture(params=backend_parameters("reference", "cpp"))
-def model(request: pytest.FixtureRequest) -> Any:
+def own_backend(request: pytest.FixtureRequest) -> Any:
     with rnnattn.use_backend(request.param):
-        yield Model().to(F64)
+        yield request.param
+
+
+@pytest.fixture(params=["LSTM", "GRU", "RNN"])
+def model(request: pytest.FixtureRequest, own_backend: str) -> Any:
+    return Model(request.param).to(F64)
 
 
 def _inputs(B: int = 3, T: int = 6) -> tuple[Tensor, Tensor]:
     return torch.randn(B, T, 4, dtype=F64), torch.randint(0, T + 1, (B,))
-
-
-def close(got: Any, want: Any) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
 def _train(call: Any, model: Model, x: Tensor, lengths: Tensor) -> list[Tensor]:
@@ -89,20 +91,21 @@ def test_one_node_per_layer(model: Model) -> None:
 
     with torch.no_grad():
         torch.compile(model, fullgraph=True, backend=backend)(*_inputs())
-    assert found.count("rnnattn.lstm_layer") == 2
+    assert found.count("rnnattn.recurrent_layer") == 2
     assert found.count("rnnattn.attention_pool") == 1
 
 
-def test_initial_states_and_cells_compile(model: Model) -> None:
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_initial_states_and_cells_compile(own_backend: str, kind: str) -> None:
     """Without lengths, with initial states; and a cell unrolled by the user."""
-    lstm, cell = rnnattn.LSTM(4, 5, dtype=F64), rnnattn.LSTMCell(4, 5, dtype=F64)
+    layer, cell = getattr(rnnattn, kind)(4, 5, dtype=F64), getattr(rnnattn, kind + "Cell")(4, 5, dtype=F64)
 
-    def run(x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        y, _ = lstm(x, (h, c))
-        state = h[0], c[0]
+    def run(x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Any]:
+        y, _ = layer(x, (h, c) if kind == "LSTM" else h)
+        state = (h[0], c[0]) if kind == "LSTM" else h[0]
         for t in range(3):
             state = cell(x[t], state)
-        return y, state[0]
+        return y, state
 
     x, h, c = (torch.randn(s, dtype=F64) for s in ((3, 2, 4), (1, 2, 5), (1, 2, 5)))
     close(torch.compile(run, fullgraph=True, backend="aot_eager")(x, h, c), run(x, h, c))
@@ -145,7 +148,7 @@ def test_export(model: Model) -> None:
     time = torch.export.Dim("time", min=2, max=1000)
     program = torch.export.export(model.eval(), (x, lengths), dynamic_shapes=({1: time}, None))
     targets = [str(node.target) for node in program.graph.nodes]
-    assert sum("rnnattn.lstm_layer" in target for target in targets) == 2
+    assert sum("rnnattn.recurrent_layer" in target for target in targets) == 2
     for T in (6, 11):
         x, lengths = _inputs(3, T)
         close(program.module()(x, lengths), model(x, lengths))

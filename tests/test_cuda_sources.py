@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, F16, F32, F64, LSTM_CASES, POOL_CASES, SHORT, Case, LSTMCase, PoolCase, strided, truth
+from cases import BF16, F16, F32, F64, SHORT, Case, strided, truth
+from pool_cases import POOL_CASES, PoolCase
+from recurrent_cases import LSTM_CASES, RecurrentCase
 from tolerances import assert_close
 from torch import Tensor
 
@@ -32,7 +34,7 @@ ARCHITECTURES = (80, 90)
 DTYPES = (F32, BF16, F16)
 
 EXTRA_CASES: list[Case] = [
-    LSTMCase(5, 3, 4, 260, "H above one block of units", lengths=(3, 1, 0, 2, 3)),
+    RecurrentCase(5, 3, 4, 260, "H above one block of units", lengths=(3, 1, 0, 2, 3)),
     PoolCase(2, 300, 24, 0, "time split into parts of several tiles", lengths=(300, 70)),
     PoolCase(2, 100, 8, 20, "time split, additive, a part without a kept step", lengths=(33, 100)),
     PoolCase(2, 34, 1032, 0, "D above one block of fp32 vectors", mask="holes"),
@@ -138,9 +140,7 @@ def parameters() -> Iterator[Any]:
 @pytest.mark.parametrize("case, dtype", list(parameters()))
 def test_emulated(case: Case, dtype: torch.dtype, emulated: Cuda) -> None:
     got = case.run(case.tensors(dtype), "cuda")
-    op = "lstm" if isinstance(case, LSTMCase) else "attention_pool"
-    large = case.scale != 1 or (isinstance(case, PoolCase) and case.offset != 0)
-    assert_close(got, truth(case, dtype), op + "_large" if large else op, dtype)
+    assert_close(got, truth(case, dtype), case.op, dtype)
     if isinstance(case, PoolCase):
         assert got["dx"][~case.kept()].eq(0).all()
 

@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A part of rnnattn may import parts of the layers above its own line, and itself.
 LAYERS = (
-    ("_version", "_C", "kernels", "reference", "checks"),
+    ("_version", "_C", "kernels", "reference", "checks", "autocast"),
     ("backends",),
     ("autograd",),
-    ("functional", "inspection"),
+    ("stack", "inspection"),
+    ("functional",),
     ("nn",),
     ("models", "swap"),
     ("cli",),
@@ -153,6 +154,7 @@ def test_benchmarks_and_examples_use_the_public_surface(path):
         ("swap", "rnnattn", "from rnnattn.models import SequenceClassifier", "swap stands below models or beside it"),
         ("nn", "rnnattn.nn", "from rnnattn import LSTM", "package's surface"),
         ("functional", "rnnattn", "import rnnattn.kernels.math", "only backends imports kernels"),
+        ("stack", "rnnattn", "from rnnattn import functional", "stack stands below functional"),
         ("backends", "rnnattn.backends", "from rnnattn import kernels", "loaded on first use"),
         ("backends", "rnnattn.backends", "def f():\n  from rnnattn import _C", None),
         ("reference", "rnnattn.reference", "from rnnattn import checks", "imports nothing else"),

@@ -6,9 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from cases import F32, F64, LSTMCase, PoolCase
+from cases import F32, F64, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pool_cases import PoolCase
+from recurrent_cases import MODES, RecurrentCase
 from tolerances import relative_error
 
 from rnnattn import backends
@@ -19,12 +21,13 @@ bounded = settings(max_examples=30, deadline=None, derandomize=True)
 
 
 @st.composite
-def lstm_cases(draw: st.DrawFn) -> LSTMCase:
+def recurrent_cases(draw: st.DrawFn) -> RecurrentCase:
+    mode = draw(st.sampled_from(MODES))
     B, T, H = draw(st.integers(0, 5)), draw(st.integers(1, 6)), draw(st.integers(1, 20))
     lengths = draw(st.none() | st.lists(st.integers(0, T), min_size=B, max_size=B).map(tuple))
-    return LSTMCase(
-        B, T, draw(st.integers(1, 18)), H, "drawn",
-        R=draw(st.just(0) | st.integers(1, H - 1)) if H > 1 else 0,
+    return RecurrentCase(
+        B, T, draw(st.integers(1, 18)), H, "drawn", mode,
+        R=draw(st.just(0) | st.integers(1, H - 1)) if H > 1 and mode == "LSTM" else 0,
         layers=draw(st.integers(1, 2)),
         direction=draw(st.sampled_from(["forward", "bidirectional"])),
         bias=draw(st.booleans()),
@@ -52,7 +55,7 @@ def pool_cases(draw: st.DrawFn) -> PoolCase:
     )  # fmt: skip
 
 
-def _agree(case: LSTMCase | PoolCase, seed: int) -> None:
+def _agree(case: Case, seed: int) -> None:
     """In float64 to rounding; in fp32 to what the cancellations in small gradients leave."""
     for dtype, allowed in ((F64, 1e-11), (F32, 1e-4)):
         t = case.tensors(dtype, seed)
@@ -66,8 +69,8 @@ def _agree(case: LSTMCase | PoolCase, seed: int) -> None:
 
 
 @bounded
-@given(lstm_cases(), st.integers(0, 2**31))
-def test_lstm_cpp_is_the_reference(case: LSTMCase, seed: int) -> None:
+@given(recurrent_cases(), st.integers(0, 2**31))
+def test_recurrent_cpp_is_the_reference(case: RecurrentCase, seed: int) -> None:
     _agree(case, seed)
 
 

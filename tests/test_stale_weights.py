@@ -8,19 +8,23 @@ from typing import Any
 import pytest
 import torch
 from cases import device_of
+from recurrent_cases import each_mode
 from torch import Tensor, nn
 
 import rnnattn
 
+KINDS = {"LSTM": rnnattn.LSTM, "GRU": rnnattn.GRU, "RNN_TANH": rnnattn.RNN}
+on_each = pytest.mark.parametrize("backend, mode", [p for p in each_mode() if p.values[1] in KINDS])
+
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, mode: str) -> None:
         super().__init__()
-        self.lstm = rnnattn.LSTM(3, 4, bidirectional=True, batch_first=True)
+        self.recurrent = KINDS[mode](3, 4, bidirectional=True, batch_first=True)
         self.pool = rnnattn.AttentionPool(8, "additive", 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pool(self.lstm(x)[0])
+        return self.pool(self.recurrent(x)[0])
 
 
 def _optimizer_step(model: Model, x: Tensor) -> None:
@@ -67,7 +71,7 @@ CHANGES: dict[str, Callable[[Model, Tensor], Any]] = {
     "replace .data": _new_data,
     "in place": _in_place,
     "through numpy": _numpy,
-    "reset_parameters": lambda model, x: (model.lstm.reset_parameters(), model.pool.reset_parameters()),
+    "reset_parameters": lambda model, x: (model.recurrent.reset_parameters(), model.pool.reset_parameters()),
 }
 
 
@@ -77,8 +81,9 @@ def _expected(model: Model, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_results_follow_the_weights(backend: str, change: Callable[[Model, Tensor], Any]) -> None:
-    model, x = Model().to(device_of(backend)), torch.randn(1, 2, 3, device=device_of(backend))
+@on_each
+def test_results_follow_the_weights(backend: str, mode: str, change: Callable[[Model, Tensor], Any]) -> None:
+    model, x = Model(mode).to(device_of(backend)), torch.randn(1, 2, 3, device=device_of(backend))
     with rnnattn.use_backend(backend):
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
@@ -92,8 +97,9 @@ def test_results_follow_the_weights(backend: str, change: Callable[[Model, Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_results_follow_the_dtype(backend: str, dtype: torch.dtype) -> None:
-    model, x = Model().to(device_of(backend)), torch.randn(1, 2, 3, device=device_of(backend))
+@on_each
+def test_results_follow_the_dtype(backend: str, mode: str, dtype: torch.dtype) -> None:
+    model, x = Model(mode).to(device_of(backend)), torch.randn(1, 2, 3, device=device_of(backend))
     with rnnattn.use_backend(backend), torch.no_grad():
         wide = model(x)
         narrow = model.to(dtype)(x.to(dtype))
@@ -106,9 +112,10 @@ def test_results_follow_the_dtype(backend: str, dtype: torch.dtype) -> None:
         assert (again - wide).abs().max() > 1e-3
 
 
-def test_weights_changed_between_forward_and_backward_are_refused(backend: str) -> None:
+@on_each
+def test_weights_changed_between_forward_and_backward_are_refused(backend: str, mode: str) -> None:
     """As autograd does for its own operations: the saved tensors are the weights themselves."""
-    model, x = Model().to(device_of(backend)), torch.randn(1, 2, 3, device=device_of(backend))
+    model, x = Model(mode).to(device_of(backend)), torch.randn(1, 2, 3, device=device_of(backend))
     with rnnattn.use_backend(backend):
         y = model(x)
         _in_place(model, x)

@@ -15,23 +15,27 @@ import rnnattn
 
 
 class Tagger(nn.Module):
-    """LSTMs in a list, a dict and a Sequential, one of them in two places, and a cell."""
+    """All six recurrent modules in a list, a dict and a Sequential, one of them in two places."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shared = nn.LSTM(6, 6)
-        self.stack = nn.ModuleList([nn.LSTM(4, 3, 2, bidirectional=True), self.shared])
+        self.stack = nn.ModuleList([nn.GRU(4, 3, 2, bidirectional=True), self.shared, nn.RNN(6, 6, 1, "relu")])
         self.parts = nn.ModuleDict({"again": self.shared, "cell": nn.LSTMCell(6, 5)})
+        self.cells = nn.ModuleList([nn.GRUCell(5, 5), nn.RNNCell(5, 5, nonlinearity="relu")])
         self.head = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Sequential(nn.LSTM(4, 2, proj_size=1)))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (*self.stack, self.parts["again"]):
             x, _ = layer(x)
         h, _ = self.parts["cell"](x[-1])
+        for cell in self.cells:
+            h = cell(h)
         return self.head(h[None])[0]
 
 
-NAMES = ["shared", "stack.0", "stack.1", "parts.again", "parts.cell", "head.2.0"]
+NAMES = ["shared", "stack.0", "stack.1", "stack.2", "parts.again", "parts.cell", "cells.0", "cells.1", "head.2.0"]
+TWINS = {getattr(nn, name): getattr(rnnattn, name) for name in ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")}
 
 
 def types(model: nn.Module) -> list[type]:
@@ -47,7 +51,7 @@ def test_nested_models_there_and_back() -> None:
     assert sorted(report.swapped) == sorted(NAMES)
     assert report.left == {}
     assert str(report).splitlines() == [f"swapped {name}" for name in report.swapped]
-    assert types(model) == [rnnattn.LSTM if t is nn.LSTM else rnnattn.LSTMCell for t in children]
+    assert types(model) == [TWINS[t] for t in children]
     assert model.stack[1] is model.shared and model.parts["again"] is model.shared
     swapped = dict(model.named_parameters())
     assert list(swapped) == list(parameters)
@@ -75,37 +79,58 @@ def test_swap_is_idempotent() -> None:
     assert rnnattn.unswap(plain).swapped == []
 
 
-def test_a_root_lstm_is_replaced_in_the_report() -> None:
-    model, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+@pytest.mark.parametrize("theirs", TWINS, ids=lambda kind: kind.__name__)
+def test_a_root_module_is_replaced_in_the_report(theirs: type[nn.Module]) -> None:
+    model, x = theirs(3, 4), torch.randn(5, 3) if theirs.__name__.endswith("Cell") else torch.randn(5, 2, 3)
     report = rnnattn.swap(model)
     assert report.swapped == [""]
     assert str(report) == "swapped (the model itself)"
-    assert type(model) is nn.LSTM and type(report.model) is rnnattn.LSTM
-    assert report.model.weight_ih_l0 is model.weight_ih_l0
-    torch.testing.assert_close(report.model(x), model(x), rtol=1e-5, atol=1e-6)
+    assert type(model) is theirs and type(report.model) is TWINS[theirs]
+    assert all(p is q for p, q in zip(report.model.parameters(), model.parameters(), strict=True))
+    with rnnattn.use_backend("reference"):
+        torch.testing.assert_close(report.model(x), model(x), rtol=1e-5, atol=1e-6)
     back = rnnattn.unswap(report.model)
-    assert type(back.model) is nn.LSTM
-    assert torch.equal(back.model(x)[0], model(x)[0])
+    assert type(back.model) is theirs
+    torch.testing.assert_close(back.model(x), model(x), rtol=0, atol=0)
+
+
+def test_the_nonlinearity_is_kept() -> None:
+    model, x = (
+        nn.ModuleList([nn.RNN(3, 4, nonlinearity="relu"), nn.RNNCell(3, 4, nonlinearity="relu")]),
+        torch.randn(5, 2, 3),
+    )
+    want = [model[0](x)[0], model[1](x[0])]
+    rnnattn.swap(model)
+    assert [module.nonlinearity for module in model] == ["relu", "relu"]
+    with rnnattn.use_backend("reference"):
+        torch.testing.assert_close([model[0](x)[0], model[1](x[0])], want, rtol=1e-5, atol=1e-6)
+    rnnattn.unswap(model)
+    assert [module.nonlinearity for module in model] == ["relu", "relu"]
+    torch.testing.assert_close([model[0](x)[0], model[1](x[0])], want, rtol=0, atol=0)
 
 
 def test_other_modules_are_left_with_a_reason() -> None:
     class MyLSTM(nn.LSTM):
         pass
 
-    normed = parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
+    class MyCell(nn.RNNCellBase):
+        pass
+
+    normed = parametrizations.weight_norm(nn.GRU(3, 4), "weight_hh_l0")
     model = nn.ModuleDict(
-        {"gru": nn.GRU(3, 4), "rnn": nn.RNN(3, 4), "cell": nn.GRUCell(3, 4), "mine": MyLSTM(3, 4),
-         "normed": normed, "plain": nn.LSTM(3, 4)}
+        {"base": nn.RNNBase("GRU", 3, 4), "cell": MyCell(3, 4, True, 1), "mine": MyLSTM(3, 4), "normed": normed,
+         "plain": nn.LSTM(3, 4)}
     )  # fmt: skip
     before = dict(model.items())
     report = rnnattn.swap(model)
     assert report.swapped == ["plain"]
-    assert set(report.left) == {"gru", "rnn", "cell", "mine", "normed"}
+    assert set(report.left) == {"base", "cell", "mine", "normed"}
     assert all(model[name] is before[name] for name in report.left)
-    assert report.left["gru"] == "GRU has no counterpart in rnnattn yet"
+    assert report.left["base"] == "RNNBase has no counterpart in rnnattn"
+    assert report.left["cell"] == "MyCell has no counterpart in rnnattn"
     assert "MyLSTM is a subclass of LSTM" in report.left["mine"]
-    assert "ParametrizedLSTM is a subclass of LSTM" in report.left["normed"]
-    assert "left gru: GRU has no counterpart" in str(report)
+    assert "ParametrizedGRU is a subclass of GRU" in report.left["normed"]
+    assert "left base: RNNBase has no counterpart" in str(report)
 
 
 def test_hooks_fire_and_can_be_removed() -> None:

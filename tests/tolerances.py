@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,14 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "lstm_backward": {F64: 8, F32: 8, BF16: 4, F16: 4},
     "lstm_large": {F64: 12, F32: 12, BF16: 1, F16: 1},  # fp32 5.8: gate inputs of several hundred
     "lstm_large_backward": {F64: 128, F32: 128, BF16: 8, F16: 12},  # fp32 53, fp16 6.1: 1 - tanh(c)^2
+    "gru": {F64: 6, F32: 6, BF16: 1, F16: 1},
+    "gru_backward": {F64: 8, F32: 8, BF16: 4, F16: 4},
+    "gru_large": {F64: 8, F32: 8, BF16: 1, F16: 1},
+    "gru_large_backward": {F64: 64, F32: 64, BF16: 8, F16: 8},  # fp32 29: 1 - n^2
+    "rnn": {F64: 6, F32: 6, BF16: 1, F16: 1},
+    "rnn_backward": {F64: 8, F32: 8, BF16: 4, F16: 4},
+    "rnn_large": {F64: 8, F32: 8, BF16: 1, F16: 1},
+    "rnn_large_backward": {F64: 64, F32: 64, BF16: 12, F16: 12},  # fp32 32, bf16 8.4, fp16 10: 1 - h^2
     "attention_pool": {F64: 8, F32: 8, BF16: 1, F16: 1},
     "attention_pool_backward": {F64: 64, F32: 64, BF16: 4, F16: 4},  # fp32 48: dv, the sum of ds u, where sum ds = 0
     "attention_pool_large": {F64: 96, F32: 96, BF16: 1, F16: 1},  # fp32 44: an ulp of a score of 100 is 64 eps
@@ -36,6 +45,11 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
     size, root = truth.norm().item(), math.sqrt(truth.numel())
     size = root if size < 1e-13 * root else max(size, torch.finfo(got.dtype).tiny * root)
     return difference / size if truth.numel() else 0.0
+
+
+def close(got: Any, want: Any) -> None:
+    """Float64 results (nested as they come) that differ by the order of sums alone."""
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
 # Triton's interpreter rounds fp32 to bf16 toward zero, a GPU to nearest: up to twice the error (attention_pool_backward

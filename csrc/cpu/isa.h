@@ -5,15 +5,17 @@
 #include <vector>
 
 #include "../attention_pool.h"
-#include "../lstm.h"
+#include "../recurrent.h"
 
 namespace rnnattn {
 
 template <typename F>
 struct Kernels {
-  void (*lstm_forward)(const LstmForwardStep<F>&, int64_t b);
-  void (*lstm_backward)(const LstmBackwardStep<F>&, int64_t b);
-  void (*rows_product)(const RowsProduct<F>&);
+  int64_t lanes;         // of a vector
+  int64_t wide_vectors;  // of a panel that has plain columns
+  void (*pack_panel)(const Packing<F>&, int64_t block, F* out);
+  void (*forward_scan)(const ForwardScan<F>&, const Member<F>&);
+  void (*backward_scan)(const BackwardScan<F>&, const Member<F>&);
   void (*pool_dot)(const PoolTile<F>&, const F* v, F* s);
   void (*pool_add)(const PoolTile<F>&, const F* weights, F* out);
   F (*pool_exp)(int64_t steps, const F* s, F shift, F* p);

@@ -1,8 +1,9 @@
 // Compiled once per instruction set, with -DRNNATTN_ISA=baseline|avx2|avx512 and its flags.
 #include "attention_pool_kernel.h"
+#include "backward_scan.h"
+#include "forward_scan.h"
 #include "isa.h"
-#include "lstm_kernel.h"
-#include "product_kernel.h"
+#include "panels.h"
 
 #define RNNATTN_CONCAT_(a, b) a##b
 #define RNNATTN_CONCAT(a, b) RNNATTN_CONCAT_(a, b)
@@ -13,8 +14,8 @@ namespace {
 
 template <typename F>
 constexpr rnnattn::Kernels<F> table() {
-  return {lstm_forward<F>, lstm_backward<F>, rows_product<F>, pool_dot<F>,        pool_add<F>,         pool_exp<F>,
-          pool_softmax<F>, pool_outer<F>,    additive_scores<F>, additive_gradient<F>};
+  return {kLanes<F>,   kWide,       pack_panel<F>,   forward_scan<F>, backward_scan<F>,   pool_dot<F>,        pool_add<F>,
+          pool_exp<F>, pool_softmax<F>, pool_outer<F>, additive_scores<F>, additive_gradient<F>};
 }
 
 }  // namespace

@@ -1,48 +1,110 @@
-// The product of a few rows with a matrix that stays in cache: what a scan of a small batch multiplies
-// at every step, where a GEMM library's own cost would exceed the work.
+// Products of a few rows with a panel of packed weights, the sums kept in registers.
+// A panel holds one block of columns: [K][V vectors][lanes].
 #pragma once
 
-#include "../lstm.h"
+#include "../recurrent.h"
 #include "vec.h"
 
 namespace {
 
-// Rows [0, R), columns [j, j + C vectors).
-template <int R, int C, typename F>
-inline void product_block(const rnnattn::RowsProduct<F>& p, const F* a, F* out, int64_t j) {
-  Vec<F> sum[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) sum[r][c] = p.add ? load(out + r * p.out_stride + j + c * kLanes<F>) : Vec<F>{};
-  for (int64_t k = 0; k < p.K; ++k)
-    for (int c = 0; c < C; ++c) {
-      const Vec<F> w = load(p.w + k * p.N + j + c * kLanes<F>);
-      for (int r = 0; r < R; ++r) sum[r][c] += a[r * p.a_stride + k] * w;
-    }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) store<F>(out + r * p.out_stride + j + c * kLanes<F>, sum[r][c]);
-}
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 
-template <int R, typename F>
-inline void product_rows(const rnnattn::RowsProduct<F>& p, int64_t row) {
-  constexpr int C = R == 1 ? 8 : 4;  // enough independent sums to hide the latency of the multiply-add
-  const F* a = p.a + row * p.a_stride;
-  F* out = p.out + row * p.out_stride;
-  int64_t j = 0;
-  for (; j + C * kLanes<F> <= p.N; j += C * kLanes<F>) product_block<R, C>(p, a, out, j);
-  for (; j + kLanes<F> <= p.N; j += kLanes<F>) product_block<R, 1>(p, a, out, j);
-  for (; j < p.N; ++j)
-    for (int r = 0; r < R; ++r) {
-      F sum = p.add ? out[r * p.out_stride + j] : F(0);
-      for (int64_t k = 0; k < p.K; ++k) sum += a[r * p.a_stride + k] * p.w[k * p.N + j];
-      out[r * p.out_stride + j] = sum;
-    }
-}
+constexpr int kWide = 4;  // vectors of a panel that has plain columns
 
+// Rows of a tile: as many sums as registers hold beside a row of the panel and one element of a.
+template <int V> constexpr int kRows = V == 3 ? kRegisters / 4 : (kRegisters - V - 2) / V;
+
+// Rows times a panel, of which part after part of kDepth steps of k is multiplied with all rows: it
+// stays in the core's own cache for them. ahead is the panel to come after this one: each tile fetches
+// some cache lines of the part to come, or the first tile on it would wait for the shared cache.
 template <typename F>
-void rows_product(const rnnattn::RowsProduct<F>& p) {
-  int64_t row = 0;
-  for (; row + 4 <= p.rows; row += 4) product_rows<4>(p, row);
-  for (; row < p.rows; ++row) product_rows<1>(p, row);
+struct Product {
+  const F* const* rows;
+  int64_t K;
+  const F* w;
+  const F* ahead;
+};
+
+constexpr int64_t kDepth = 512;
+
+// out[r] = init[r] + a[r] w for R rows; init may be null for zero, init_stride 0 for the same in every row.
+template <int R, int V, typename F>
+[[gnu::noinline]] void product_tile(const F* const* rows, int64_t k, int64_t end, const F* w, const F* ahead,
+                                    const F* init, int64_t init_stride, F* out) {
+  constexpr int64_t L = kLanes<F>;
+  const F* a[R];
+  Vec<F> sums[R][V];
+  RNNATTN_UNROLL for (int r = 0; r < R; ++r) {
+    a[r] = rows[r];
+    RNNATTN_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = init ? load(init + r * init_stride + v * L) : Vec<F>{};
+  }
+  if constexpr (R * V < 8) {  // twice as many sums, to hide the latency of the multiply-add
+    Vec<F> odd[R][V];
+    RNNATTN_UNROLL for (int r = 0; r < R; ++r)
+      RNNATTN_UNROLL for (int v = 0; v < V; ++v) odd[r][v] = Vec<F>{};
+    for (; k + 2 <= end; k += 2, w += 2 * V * L)
+      RNNATTN_UNROLL for (int r = 0; r < R; ++r)
+        RNNATTN_UNROLL for (int v = 0; v < V; ++v) {
+          sums[r][v] += splat(a[r][k]) * load(w + v * L);
+          odd[r][v] += splat(a[r][k + 1]) * load(w + (V + v) * L);
+        }
+    RNNATTN_UNROLL for (int r = 0; r < R; ++r)
+      RNNATTN_UNROLL for (int v = 0; v < V; ++v) sums[r][v] += odd[r][v];
+  }
+  for (; k < end; ++k, w += V * L, ahead += 64 / sizeof(F)) {
+    __builtin_prefetch(ahead, 0, 2);
+    Vec<F> column[V];
+    RNNATTN_UNROLL for (int v = 0; v < V; ++v) column[v] = load(w + v * L);
+    RNNATTN_UNROLL for (int r = 0; r < R; ++r) {
+      const Vec<F> element = splat(a[r][k]);
+      RNNATTN_UNROLL for (int v = 0; v < V; ++v) sums[r][v] += element * column[v];
+    }
+  }
+  RNNATTN_UNROLL for (int r = 0; r < R; ++r)
+    RNNATTN_UNROLL for (int v = 0; v < V; ++v) store<F>(out + (r * V + v) * L, sums[r][v]);
+}
+
+template <int V, typename F, int R = kRows<V>, typename... Arguments>
+inline void product_of(int64_t rows, Arguments... arguments) {
+  if constexpr (R > 1)
+    if (rows < R) return product_of<V, F, R - 1>(rows, arguments...);
+  product_tile<R, V, F>(arguments...);
+}
+
+// out[i - begin] = init + a[i] w for the rows [begin, end), out [rows][V][lanes]; init [V][lanes], or null for zero.
+template <int V, typename F>
+inline void multiply(const Product<F>& p, int64_t begin, int64_t end, const F* init, F* out) {
+  constexpr int64_t kBlock = V * kLanes<F>;
+  const int64_t n = end - begin, tiles = (n + kRows<V> - 1) / kRows<V>;
+  int64_t k = 0;
+  do {
+    const int64_t until = k + kDepth < p.K ? k + kDepth : p.K;
+    const F *part = p.w + k * kBlock, *next = until < p.K ? p.w + until * kBlock : p.ahead;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t first = n * tile / tiles, rows = n * (tile + 1) / tiles - first;
+      F* to = out + first * kBlock;
+      // V tiles have fetched the whole part.
+      const F* ahead = tile < V ? next + tile * (until - k) * (64 / sizeof(F)) : part;
+      product_of<V, F>(rows, p.rows + begin + first, k, until, part, ahead, k ? to : init, k ? kBlock : 0, to);
+    }
+    k = until;
+  } while (k < p.K);
+}
+
+// The sums of the rows [begin, end), some rows at a time: body(first row, rows, sums [rows][V][lanes]).
+template <int V, typename F, typename Body>
+inline void for_products(const Product<F>& p, int64_t begin, int64_t end, const Body& body) {
+  constexpr int64_t kTogether = 8 * kRows<V>;
+  for (int64_t first = begin; first < end; first += kTogether) {
+    alignas(64) F sums[kTogether * V * kLanes<F>];
+    const int64_t last = first + kTogether < end ? first + kTogether : end;
+    multiply<V>(p, first, last, static_cast<const F*>(nullptr), sums);
+    body(first, last - first, static_cast<const F*>(sums));
+  }
 }
 
 }  // namespace

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -29,7 +33,7 @@ template <typename F> constexpr int64_t kLanes = kVectorBytes / sizeof(F);
 
 template <typename F> inline Vec<F> load(const F* p) { Vec<F> v; std::memcpy(&v, p, sizeof v); return v; }
 template <typename F> inline void store(F* p, Vec<F> v) { std::memcpy(p, &v, sizeof v); }
-template <typename F> inline Vec<F> splat(F a) { return Vec<F>{} + a; }
+template <typename F> inline Vec<F> splat(F a) { return a - Vec<F>{}; }  // 0 + a would add: -0 + 0 is 0
 
 // The first n lanes; the others are zero (load) or left alone (store).
 template <typename F> inline Vec<F> load(const F* p, int64_t n) {
@@ -42,6 +46,9 @@ template <typename F> inline void store(F* p, Vec<F> v, int64_t n) {
   if (n == kLanes<F>) return store<F>(p, v);
   std::memcpy(p, &v, n * sizeof(F));
 }
+
+// Loops over the vectors of a tile are unrolled where they stand, so that its sums live in registers.
+#define RNNATTN_UNROLL _Pragma("GCC unroll 16")
 
 // Calls body(index, lanes) over [begin, end): full vectors, then one partial.
 template <typename F, typename Body>
@@ -57,39 +64,68 @@ template <typename F> inline F total(Vec<F> v) {
   return sum;
 }
 
-// exp by 2^k e^r, |r| <= ln(2)/2, with Cephes' polynomial (Moshier 1989); 1 ulp or so. Arguments
-// are clamped to where the result is a normal number: pre-activations beyond saturate anyway.
-inline FloatVec exp(FloatVec x) {
-  const FloatVec low = splat(-87.0f), high = splat(88.0f);
-  FloatVec y = x < low ? low : x;  // keeps NaN
-  y = y > high ? high : y;
+// In [low, high]; NaN stays.
+inline FloatVec clamp(FloatVec x, float low, float high) {
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), (__m512)x));
+#else
+  const FloatVec y = x < low ? splat(low) : x;
+  return y > high ? splat(high) : y;
+#endif
+}
+
+// x = k ln 2 + r, |r| <= ln(2) / 2, and e^r - 1 by Cephes' polynomial (Moshier 1989): what the
+// functions below are made of, each to an ulp or two.
+struct Exponential {
+  FloatVec k, r_exp;
+};
+
+inline Exponential exponential(FloatVec x) {
   const FloatVec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const FloatVec k = (y * 1.44269504f + magic) - magic;
-  FloatVec r = y - k * 0.693359375f;
+  const FloatVec k = (x * 1.44269504f + magic) - magic;
+  FloatVec r = x - k * 0.693359375f;
   r = r - k * -2.12194440e-4f;
   FloatVec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const IntVec exponent = (__builtin_convertvector(k, IntVec) + 127) << 23;
-  return p * reinterpret_cast<const FloatVec&>(exponent);
+  return {k, p * (r * r) + r};
 }
 
-inline FloatVec sigmoid(FloatVec x) { return 1.0f / (1.0f + exp(-x)); }
+// x 2^k for integers k that leave a normal number.
+inline FloatVec scale(FloatVec x, FloatVec k) {
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_scalef_ps((__m512)x, (__m512)k);
+#else
+  return x * (FloatVec)((__builtin_convertvector(k, IntVec) + 127) << 23);
+#endif
+}
 
-// Cephes' odd polynomial near zero, where 1 - 2/(e^2x + 1) would lose the leading digits.
+// Arguments are clamped to where the result is a normal number: pre-activations beyond saturate anyway.
+inline FloatVec exp(FloatVec x) {
+  const Exponential e = exponential(clamp(x, -87.0f, 88.0f));
+  return scale(e.r_exp + 1.0f, e.k);
+}
+
+// 1 / x to an ulp or so. A division takes a core with AVX-512 as long as ten multiply-adds; its
+// estimate of 14 bits doubles them in one step of Newton's.
+inline FloatVec reciprocal(FloatVec x) {
+#if defined(__AVX512F__)
+  const FloatVec estimate = (FloatVec)_mm512_rcp14_ps((__m512)x);
+  return estimate + estimate * (1.0f - x * estimate);
+#else
+  return 1.0f / x;
+#endif
+}
+
+inline FloatVec sigmoid(FloatVec x) { return reciprocal(1.0f + exp(-x)); }
+
+// m / (m + 2) with m = e^2x - 1 = 2^k (e^r - 1) + (2^k - 1), which keeps the leading digits near zero.
 inline FloatVec tanh(FloatVec x) {
-  const FloatVec a = x < 0 ? -x : x;
-  const FloatVec large = 1.0f - 2.0f / (exp(a + a) + 1.0f);
-  const FloatVec z = x * x;
-  FloatVec p = z * -5.70498872745e-3f + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  const FloatVec small = p * z * x + x;
-  return a < 0.625f ? small : (x < 0 ? -large : large);
+  const Exponential e = exponential(clamp(x + x, -40.0f, 40.0f));
+  const FloatVec two_k = scale(splat(1.0f), e.k), m = e.r_exp * two_k + (two_k - 1.0f);
+  return m * reciprocal(m + 2.0f);
 }
 
 // double stays with the C library, one lane at a time: it is there for checks, not for speed.

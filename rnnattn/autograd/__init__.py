@@ -5,6 +5,6 @@ opaque node per operation; the Functions tell autograd how forward and backward 
 """
 
 from rnnattn.autograd.attention_pool import attention_pool
-from rnnattn.autograd.lstm import lstm_layer
+from rnnattn.autograd.recurrent import recurrent_layer
 
-__all__ = ["attention_pool", "lstm_layer"]
+__all__ = ["attention_pool", "recurrent_layer"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rnnattn import backends
 from rnnattn.autograd.eager import is_eager
-from rnnattn.reference.lstm import accumulation_dtype
+from rnnattn.reference import accumulation_dtype
 
 torch.library.define(
     "rnnattn::attention_pool",

@@ -1,7 +1,7 @@
 """torch's own kernels (oneDNN, cuDNN) as a backend: taken where they measured faster.
 
 Unlike the others it covers a whole stack of layers and leaves autograd to torch, so it offers
-`lstm` and `attention_pool` instead of the operations of one layer.
+`recurrent` and `attention_pool` instead of the operations of one layer.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Torch(Backend):
     name = "torch"
 
     def unsupported(self, call: Call) -> str | None:
-        if call.op == "lstm" and call.compiling:
-            return "torch.compile unrolls torch's own LSTM over time"
-        if call.op == "lstm" and call.B == 0:
-            return "torch's own LSTM refuses an empty batch in some builds"
+        if call.recurrent and call.compiling:
+            return f"torch.compile unrolls torch's own {call.op.upper()} over time"
+        if call.recurrent and call.B == 0:
+            return f"torch's own {call.op.upper()} refuses an empty batch in some builds"
         return None
 
     def kernel(self, call: Call) -> str:
@@ -31,11 +31,12 @@ class Torch(Backend):
             return "eager scores, masked softmax and bmm"
         return cudnn_branch(call) if call.device == "cuda" else cpu_kernel(call)
 
-    def lstm(
+    def recurrent(
         self,
+        mode: str,
         x: Tensor,
         h0: Tensor,
-        c0: Tensor,
+        c0: Tensor | None,
         weights: list[Tensor],
         has_biases: bool,
         num_layers: int,
@@ -43,26 +44,32 @@ class Torch(Backend):
         training: bool,
         bidirectional: bool,
         lengths: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """A stack of layers; x [T, B, I], h0 [L * K, B, R], c0 [L * K, B, H]."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A stack of layers: y, h_n, c_n; x [T, B, I], h0 [L * K, B, R], c0 [L * K, B, H] (LSTM)."""
+        run = getattr(torch._VF, mode.lower())
         # cuDNN's backward wants training mode; without dropout the two modes compute the same.
         training = training or (dropout == 0 and torch.is_grad_enabled())
         settings = (has_biases, num_layers, dropout, training, bidirectional)
         if lengths is None:
-            return torch._VF.lstm(x, (h0, c0), weights, *settings, False)
+            y, h_n, *rest = run(x, h0 if c0 is None else (h0, c0), weights, *settings, False)
+            return y, h_n, rest[0] if rest else None
         # torch packs no empty row: such a row runs one step, on zeros, that is then discarded.
         valid = valid_steps(lengths, x.shape[0])[..., None]
         x = torch.where(valid, x, 0)
         packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
         order, back = packed.sorted_indices, packed.unsorted_indices
         assert order is not None and back is not None
-        h, c = h0.index_select(1, order), c0.index_select(1, order)
-        data, h_n, c_n = torch._VF.lstm(packed.data, packed.batch_sizes, (h, c), weights, *settings)
+        initial = (h0,) if c0 is None else (h0, c0)
+        sorted_states = tuple(state.index_select(1, order) for state in initial)
+        data, *finals = run(
+            packed.data, packed.batch_sizes, sorted_states[0] if c0 is None else sorted_states, weights, *settings
+        )
         y, _ = pad_packed_sequence(PackedSequence(data, packed.batch_sizes, order, back), total_length=x.shape[0])
         empty = (lengths == 0)[None, :, None]
-        y = torch.where(valid, y, 0)
-        h_n = torch.where(empty, h0, h_n.index_select(1, back))
-        return y, h_n, torch.where(empty, c0, c_n.index_select(1, back))
+        h_n, *rest = (
+            torch.where(empty, state, final.index_select(1, back)) for state, final in zip(initial, finals, strict=True)
+        )
+        return torch.where(valid, y, 0), h_n, rest[0] if rest else None
 
     def attention_pool(
         self,
@@ -85,28 +92,32 @@ class Torch(Backend):
 
 
 def cpu_kernel(call: Call) -> str:
-    """What at::lstm runs on a CPU (aten/src/ATen/native/RNN.cpp, use_mkldnn)."""
+    """What at::lstm, at::gru and at::rnn_* run on a CPU (aten/src/ATen/native/RNN.cpp; use_mkldnn is asked for
+    an LSTM only)."""
     onednn = (
-        torch.backends.mkldnn.is_available()
+        call.op == "lstm"
+        and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and call.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and not call.projection
         and not call.ragged
     )
-    return "oneDNN LSTM" if onednn else "ATen LSTM (a GEMM and pointwise kernels per step)"
+    return "oneDNN LSTM" if onednn else f"ATen {call.op.upper()} (a GEMM and pointwise kernels per step)"
 
 
 def cudnn_branch(call: Call) -> str:
     """The algorithm torch picks for cuDNN (aten/src/ATen/native/cudnn/RNN.cpp, get_algo)."""
-    H, persistent_fits = call.hidden, call.B % 8 == 0 and call.B <= 128
+    B, H, plain = call.B, call.hidden, call.op == "rnn"
     if not torch.backends.cudnn.is_available() or not torch.backends.cudnn.enabled:
-        return "ATen LSTM with fused cells"
+        return (
+            "ATen RNN (a GEMM and pointwise kernels per step)" if plain else f"ATen {call.op.upper()} with fused cells"
+        )
     if call.projection or call.ragged:
         return "cuDNN STANDARD"
-    widest = 128 if call.grad else 192
+    widest = (256 if plain else 128) if call.grad else (384 if plain else 192)
     if call.dtype != torch.float64 and H <= widest:
         return "cuDNN PERSIST_STATIC_SMALL_H"
     fp16_single = call.dtype == torch.float16 and call.layers == 1 and call.directions == 1
-    if fp16_single and H <= 1024 and H % 128 == 0 and call.features % 128 == 0 and persistent_fits:
-        return "cuDNN PERSIST_STATIC"
-    return "cuDNN STANDARD"
+    shape_fits = H <= 1024 and H % 128 == 0 and call.features % 128 == 0 and B % 8 == 0 and B <= 128
+    slow_there = call.op == "gru" or (plain and B >= 96 and H >= 896)
+    return "cuDNN PERSIST_STATIC" if fp16_single and shape_fits and not slow_there else "cuDNN STANDARD"

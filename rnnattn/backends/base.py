@@ -16,8 +16,8 @@ class BackendError(RuntimeError):
 class Call:
     """What is known of a call before it runs; `select` and `explain` decide from this alone.
 
-    op is "lstm" or "attention_pool"; hidden is H (lstm) or A (additive pooling, 0 for linear);
-    features is I or D.
+    op is "lstm", "gru", "rnn" or "attention_pool"; hidden is H (recurrent) or A (additive pooling, 0
+    for linear); features is I or D.
     """
 
     op: str
@@ -33,6 +33,10 @@ class Call:
     ragged: bool = False
     grad: bool = False
     compiling: bool = False
+
+    @property
+    def recurrent(self) -> bool:
+        return self.op != "attention_pool"
 
 
 class Backend:
@@ -56,27 +60,28 @@ class Backend:
         """The kernel that would run this call, in words."""
         return self.name
 
-    def lstm_layer_forward(
+    def recurrent_layer_forward(
         self,
         x: Tensor,
         h0: Tensor,
-        c0: Tensor,
+        c0: Tensor | None,
         weights: list[Tensor],
         lengths: Tensor | None,
         has_biases: bool,
         direction: str,
+        mode: str,
         save: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         raise NotImplementedError
 
-    def lstm_layer_backward(
+    def recurrent_layer_backward(
         self,
         dy: Tensor | None,
         dh_n: Tensor | None,
         dc_n: Tensor | None,
         x: Tensor,
         h0: Tensor,
-        c0: Tensor,
+        c0: Tensor | None,
         weights: list[Tensor],
         lengths: Tensor | None,
         y: Tensor,
@@ -84,6 +89,7 @@ class Backend:
         cells: Tensor,
         has_biases: bool,
         direction: str,
+        mode: str,
         needs_dx: bool,
         needs_dweights: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor] | None]:

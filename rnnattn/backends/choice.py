@@ -20,12 +20,18 @@ def order(call: Call) -> list[tuple[str, str]]:
     last = ("reference", "no kernel can run this call")
     if call.device != "cpu":
         ranked = [("triton", "the kernels for a GPU"), ("cuda", "CUDA kernels, where Triton is missing"), last]
-        return [("torch", "cuDNN: our LSTM is not yet measured on a GPU"), *ranked] if call.op == "lstm" else ranked
+        if not call.recurrent:
+            return ranked
+        why = "our LSTM is not yet measured on a GPU" if call.op == "lstm" else "no other has kernels for it"
+        return [("torch", f"cuDNN: {why}"), *ranked]
     ranked = [("cpp", "the kernels for a CPU"), last]
     if call.op == "attention_pool":
         full = call.dtype in (torch.float32, torch.float64) and not call.ragged and not call.compiling
         small = full and call.B * call.T * call.features < SMALL_POOL
         return [("torch", "eager PyTorch: so small a call costs less there"), *ranked] if small else ranked
+    if call.op != "lstm":
+        ranked.insert(1, ("torch", f"torch's own {call.op.upper()}, a GEMM and pointwise kernels per step"))
+        return ranked
     if _torch_is_wrong(call):
         return ranked
     slower = _torch_is_slower(call)

@@ -56,11 +56,11 @@ class Cpp(Backend):
     def kernel(self, call: Call) -> str:
         return f"C++ kernels ({build_info()['isa']})"
 
-    def lstm_layer_forward(self, x, h0, c0, weights, lengths, has_biases, direction, save):  # type: ignore[no-untyped-def]
-        return native().lstm_layer_forward(x, h0, c0, weights, lengths, has_biases, direction, save)
+    def recurrent_layer_forward(self, *arguments):  # type: ignore[no-untyped-def]
+        return native().recurrent_layer_forward(*arguments)
 
-    def lstm_layer_backward(self, *arguments):  # type: ignore[no-untyped-def]
-        return native().lstm_layer_backward(*arguments)
+    def recurrent_layer_backward(self, *arguments):  # type: ignore[no-untyped-def]
+        return native().recurrent_layer_backward(*arguments)
 
     def attention_pool_forward(self, *arguments):  # type: ignore[no-untyped-def]
         return native().attention_pool_forward(*arguments)

@@ -47,6 +47,8 @@ class Cuda(Backend):
             return f"its kernels run on a CUDA device, the tensors are on {call.device}"
         if call.dtype not in DTYPES:
             return f"its kernels have float32, bfloat16 and float16, the tensors are {call.dtype}"
+        if call.op in ("gru", "rnn"):
+            return "it has no GRU or RNN kernels yet"
         return None
 
     def kernel(self, call: Call) -> str:
@@ -56,15 +58,21 @@ class Cuda(Backend):
             return "CUDA, linear scores and pooling in one pass over x"
         return "CUDA, additive scores without [B, T, A] in memory, then pooling; GEMMs in the backward pass"
 
-    def lstm_layer_forward(self, x, h0, c0, weights, lengths, *flags):  # type: ignore[no-untyped-def]
-        return stepwise.lstm_layer_forward(Cell(self.ops), x, h0, c0, weights, pool_gemms.dense_rows(lengths), *flags)
-
-    def lstm_layer_backward(  # type: ignore[no-untyped-def]
-        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, *saved_and_flags
+    def recurrent_layer_forward(  # type: ignore[no-untyped-def]
+        self, x, h0, c0, weights, lengths, has_biases, direction, mode, save
     ):
+        lengths = pool_gemms.dense_rows(lengths)
+        return stepwise.lstm_layer_forward(Cell(self.ops), x, h0, c0, weights, lengths, has_biases, direction, save)
+
+    def recurrent_layer_backward(  # type: ignore[no-untyped-def]
+        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
+        needs_dx, needs_dweights,
+    ):  # fmt: skip
+        lengths = pool_gemms.dense_rows(lengths)
         return stepwise.lstm_layer_backward(
-            Cell(self.ops), dy, dh_n, dc_n, x, h0, c0, weights, pool_gemms.dense_rows(lengths), *saved_and_flags
-        )
+            Cell(self.ops), dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction,
+            needs_dx, needs_dweights,
+        )  # fmt: skip
 
     def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]
         x, v, lengths, mask = (

@@ -19,15 +19,17 @@ class Reference(Backend):
     def kernel(self, call: Call) -> str:
         return "plain PyTorch equations, one Python step per time step"
 
-    def lstm_layer_forward(self, x, h0, c0, weights, lengths, has_biases, direction, save):  # type: ignore[no-untyped-def]
-        return reference.lstm_layer_forward(x, h0, c0, weights, lengths, has_biases, direction)
+    def recurrent_layer_forward(  # type: ignore[no-untyped-def]
+        self, x, h0, c0, weights, lengths, has_biases, direction, mode, save
+    ):
+        return reference.recurrent_layer_forward(x, h0, c0, weights, lengths, has_biases, direction, mode)
 
-    def lstm_layer_backward(  # type: ignore[no-untyped-def]
-        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction,
+    def recurrent_layer_backward(  # type: ignore[no-untyped-def]
+        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
         needs_dx, needs_dweights,
     ):  # fmt: skip
-        return reference.lstm_layer_backward(
-            dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction
+        return reference.recurrent_layer_backward(
+            dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode
         )
 
     def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]

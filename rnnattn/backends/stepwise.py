@@ -11,8 +11,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rnnattn.reference import DIRECTIONS, layer_gradients, split_weights, valid_steps
-from rnnattn.reference.lstm import accumulation_dtype
+from rnnattn.reference import (
+    DIRECTIONS,
+    accumulation_dtype,
+    layer_gradients,
+    previous_states,
+    split_weights,
+    valid_steps,
+)
 
 
 class CellKernels(Protocol):
@@ -72,7 +78,7 @@ def lstm_layer_forward(
     direction: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """See `rnnattn.reference.lstm_layer_forward`."""
+    """`rnnattn.reference.recurrent_layer_forward` for an LSTM."""
     reverses = DIRECTIONS[direction]
     (T, B, I), (K, _, R), H = x.shape, h0.shape, c0.shape[-1]
     acc = accumulation_dtype(x.dtype)
@@ -130,7 +136,7 @@ def lstm_layer_backward(
     needs_dx: bool,
     needs_dweights: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor] | None]:
-    """See `rnnattn.reference.lstm_layer_backward`."""
+    """`rnnattn.reference.recurrent_layer_backward` for an LSTM."""
     reverses = DIRECTIONS[direction]
     (T, B, I), (K, _, R), H = x.shape, h0.shape, c0.shape[-1]
     acc = cells.dtype
@@ -166,8 +172,8 @@ def lstm_layer_backward(
             dx += matmul(d_gates.view(T * B, 4 * H), w.w_ih)
         if dweights is not None:
             dweights += layer_gradients(
-                d_gates, dh_out if dh_out is None else dh_out.to(x.dtype), x, y[..., columns], h0[k],
-                gates[k], cells[k], w, lengths, reverses[k],
+                d_gates, None, dh_out if dh_out is None else dh_out.to(x.dtype), x,
+                previous_states(y[..., columns], h0[k], lengths, reverses[k]), gates[k], cells[k], w, lengths,
             )  # fmt: skip
     return None if dx is None else dx.view(T, B, I).to(x.dtype), dh0, dc0, dweights
 

@@ -39,6 +39,8 @@ class Triton(Backend):
             return "its kernels run on a CUDA device, the tensors are on cpu (TRITON_INTERPRET=1 interprets them)"
         if call.device not in ("cpu", "cuda"):
             return f"its kernels run on a CUDA device, the tensors are on {call.device}"
+        if call.op in ("gru", "rnn"):
+            return "it has no GRU or RNN kernels yet"
         if call.op == "attention_pool" and max(call.features, call.hidden) > WIDEST:
             return f"its pooling kernels take at most {WIDEST} features, got D={call.features}, A={call.hidden}"
         return None
@@ -50,17 +52,23 @@ class Triton(Backend):
             return "Triton, linear scores and pooling in one pass over x"
         return "Triton, additive scores and pooling fused; GEMMs in the backward pass"
 
-    def lstm_layer_forward(self, x, h0, c0, weights, lengths, *arguments):  # type: ignore[no-untyped-def]
-        (lengths,) = _contiguous(lengths)
-        with _device(x):
-            return stepwise.lstm_layer_forward(_cell(), x, h0, c0, weights, lengths, *arguments)
-
-    def lstm_layer_backward(  # type: ignore[no-untyped-def]
-        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, *arguments
+    def recurrent_layer_forward(  # type: ignore[no-untyped-def]
+        self, x, h0, c0, weights, lengths, has_biases, direction, mode, save
     ):
         (lengths,) = _contiguous(lengths)
         with _device(x):
-            return stepwise.lstm_layer_backward(_cell(), dy, dh_n, dc_n, x, h0, c0, weights, lengths, *arguments)
+            return stepwise.lstm_layer_forward(_cell(), x, h0, c0, weights, lengths, has_biases, direction, save)
+
+    def recurrent_layer_backward(  # type: ignore[no-untyped-def]
+        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
+        needs_dx, needs_dweights,
+    ):  # fmt: skip
+        (lengths,) = _contiguous(lengths)
+        with _device(x):
+            return stepwise.lstm_layer_backward(
+                _cell(), dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction,
+                needs_dx, needs_dweights,
+            )  # fmt: skip
 
     def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]
         B, T, D = x.shape

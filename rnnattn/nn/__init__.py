@@ -1,7 +1,7 @@
 """The modules."""
 
-from rnnattn.nn.cells import LSTMCell
+from rnnattn.nn.cells import GRUCell, LSTMCell, RNNCell
 from rnnattn.nn.pooling import AttentionPool
-from rnnattn.nn.recurrent import LSTM
+from rnnattn.nn.recurrent import GRU, LSTM, RNN
 
-__all__ = ["LSTM", "AttentionPool", "LSTMCell"]
+__all__ = ["GRU", "LSTM", "RNN", "AttentionPool", "GRUCell", "LSTMCell", "RNNCell"]

@@ -1,4 +1,8 @@
-"""`LSTM`: torch.nn.LSTM's constructor, state_dict, forward and errors, over this package's kernels."""
+"""`LSTM`, `GRU` and `RNN`: torch.nn's constructors, state_dict, forward and errors, over this package's kernels.
+
+Not instances of nn.LSTM, nn.GRU and nn.RNN but of their base nn.RNNBase: torch.compile breaks its graph
+at instances of the former, and compiles these modules whole.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +12,111 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from rnnattn import functional
+from rnnattn.functional import NONLINEARITIES
+from rnnattn.stack import run_stack
 
-State = tuple[Tensor, Tensor]
+States = tuple[Tensor, ...]  # h, or h and c
 
 
-class LSTM(nn.RNNBase):
+class _Recurrent(nn.RNNBase):
+    """What the modules share. Messages are torch's, which differ between the three."""
+
+    _names: tuple[str, ...] = ("hx",)  # of the states
+    _kind: str  # as messages call the module
+    _suffix = ""
+
+    def _run(
+        self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | Sequence[int] | None
+    ) -> tuple[Tensor | PackedSequence, States]:
+        """output and the final states; hx holds the initial states, or is None for zeros."""
+        self._update_flat_weights()
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError(f"{self._kind}: expected no lengths with a PackedSequence, which has its own")
+            return self._run_packed(input, hx)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"{self._kind}: Expected input to be 2D or 3D, got {input.dim()}D{self._suffix} instead")
+        batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
+        x = input if batched else input.unsqueeze(batch_dim)
+        if hx is not None:
+            self._check_state_rank(hx, input.dim())
+            if not batched:
+                hx = tuple(hx[n].unsqueeze(1) for n in range(len(self._names)))
+        self.check_input(x, None)
+        if hx is None:
+            hx = self._zero_states(x, x.shape[batch_dim])
+        else:
+            self._check_state_shape(hx, x, None)
+        output, states = self._run_stack(x, hx, self.batch_first, lengths)
+        if batched:
+            return output, states
+        return output.squeeze(batch_dim), tuple(state.squeeze(1) for state in states)
+
+    def _run_packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, States]:
+        """Runs in the packed order, so that only the caller's states change places."""
+        data, batch_sizes, order, back = packed
+        self.check_input(data, batch_sizes)
+        if hx is not None and order is not None:
+            hx = tuple(hx[n].index_select(1, order) for n in range(len(self._names)))
+        in_order = PackedSequence(data, batch_sizes, None, None)
+        input, lengths = pad_packed_sequence(in_order)
+        if hx is None:
+            hx = self._zero_states(input, input.shape[1])
+        else:
+            self._check_state_shape(hx, data, batch_sizes)
+        output, states = self._run_stack(input, hx, False, lengths)
+        output_data = pack_padded_sequence(output, lengths).data
+        if back is not None:
+            states = tuple(state.index_select(1, back) for state in states)
+        return PackedSequence(output_data, batch_sizes, order, back), states
+
+    def _run_stack(
+        self, input: Tensor, hx: Any, batch_first: bool, lengths: Tensor | Sequence[int] | None
+    ) -> tuple[Tensor, States]:
+        if len(hx) != len(self._names):  # only an LSTM's can differ
+            raise RuntimeError("lstm expects two hidden states")
+        h0, c0 = hx if len(hx) == 2 else (hx[0], None)
+        weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
+        output, h_n, c_n = run_stack(
+            self.mode, input, h0, c0, weights, self.bias, self.num_layers, self.dropout, self.training,
+            self.bidirectional, batch_first, lengths,
+        )  # fmt: skip
+        return output, (h_n,) if c_n is None else (h_n, c_n)
+
+    def _check_state_rank(self, hx: Any, rank: int) -> None:
+        ranks = [hx[n].dim() for n in range(len(self._names))]
+        if ranks == [rank] * len(ranks):
+            return
+        got = f"{ranks[0]}-D tensor" if len(ranks) == 1 else f"({', '.join(f'{r}-D' for r in ranks)}) tensors"
+        raise RuntimeError(
+            f"For {'batched 3-D' if rank == 3 else 'unbatched 2-D'} input, {' and '.join(self._names)} should "
+            f"also be {rank}-D but got {got}"
+        )
+
+    def _check_state_shape(self, hx: Any, input: Tensor, batch_sizes: Tensor | None) -> None:
+        layers, B, R = self.get_expected_hidden_size(input, batch_sizes)
+        for n, features in enumerate((R, self.hidden_size)[: len(self._names)]):
+            which = "hidden" if len(self._names) == 1 else f"hidden[{n}]"
+            self.check_hidden_size(hx[n], (layers, B, features), f"Expected {which} size {{}}, got {{}}")
+
+    def _zero_states(self, input: Tensor, B: int) -> States:
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        h0 = input.new_zeros(layers, B, self.proj_size or self.hidden_size)
+        if len(self._names) == 1:
+            return (h0,)
+        return h0, h0 if not self.proj_size else input.new_zeros(layers, B, self.hidden_size)
+
+
+class LSTM(_Recurrent):
     """A stack of LSTM layers: `torch.nn.LSTM`, plus `lengths`.
 
     Constructor arguments, parameters, `state_dict`, repr and errors are those of `torch.nn.LSTM`
     (input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
-    bidirectional=False, proj_size=0, device=None, dtype=None).
-
-    Not an instance of nn.LSTM but of its base nn.RNNBase: torch.compile breaks its graph at
-    instances of nn.LSTM, and compiles this module whole.
+    bidirectional=False, proj_size=0, device=None, dtype=None). Equation: `functional.lstm`.
     """
+
+    _names = ("hx", "cx")
+    _kind = "LSTM"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -30,9 +124,9 @@ class LSTM(nn.RNNBase):
     def forward(
         self,
         input: Tensor | PackedSequence,
-        hx: State | None = None,
+        hx: tuple[Tensor, Tensor] | None = None,
         lengths: Tensor | Sequence[int] | None = None,
-    ) -> tuple[Tensor | PackedSequence, State]:
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Runs the stack.
 
         Args:
@@ -48,82 +142,76 @@ class LSTM(nn.RNNBase):
         Raises:
             RuntimeError, ValueError, TypeError: as torch.nn.LSTM, or naming the argument.
         """
-        self._update_flat_weights()
-        if isinstance(input, PackedSequence):
-            if lengths is not None:
-                raise ValueError("LSTM: expected no lengths with a PackedSequence, which has its own")
-            return self._forward_packed(input, hx)
-        if input.dim() not in (2, 3):
-            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        if input.dim() == 2:
-            return self._forward_unbatched(input, hx, lengths)
-        if hx is not None:
-            self._check_state_rank(hx, 3, "batched 3-D")
-        hx = self._checked_state(input, hx)
-        output, h_n, c_n = self._run(input, hx, self.batch_first, lengths)
+        output, (h_n, c_n) = self._run(input, hx, lengths)
         return output, (h_n, c_n)
 
-    def _run(
-        self, input: Tensor, hx: State, batch_first: bool, lengths: Tensor | Sequence[int] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if len(hx) != 2:
-            raise RuntimeError("lstm expects two hidden states")
-        weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
-        return functional.lstm(
-            input, hx, weights, self.bias, self.num_layers, self.dropout, self.training,
-            self.bidirectional, batch_first, lengths,
-        )  # fmt: skip
 
-    def _forward_unbatched(
-        self, input: Tensor, hx: State | None, lengths: Tensor | Sequence[int] | None
-    ) -> tuple[Tensor, State]:
-        if hx is not None:
-            self._check_state_rank(hx, 2, "unbatched 2-D")
-            hx = hx[0].unsqueeze(1), hx[1].unsqueeze(1)
-        batch_dim = 0 if self.batch_first else 1
-        input = input.unsqueeze(batch_dim)
-        output, h_n, c_n = self._run(input, self._checked_state(input, hx), self.batch_first, lengths)
-        return output.squeeze(batch_dim), (h_n.squeeze(1), c_n.squeeze(1))
+class _WithoutCellState(_Recurrent):
+    """`forward` over the one state h, and no projection."""
 
-    def _forward_packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
-        """Runs in the packed order, so that only the caller's states change places."""
-        data, batch_sizes, order, back = packed
-        self.check_input(data, batch_sizes)
-        if hx is not None and order is not None:
-            hx = hx[0].index_select(1, order), hx[1].index_select(1, order)
-        in_order = PackedSequence(data, batch_sizes, None, None)
-        input, lengths = pad_packed_sequence(in_order)
-        if hx is None:
-            hx = self._zero_state(input, input.shape[1])
+    def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__(mode, *args, **kwargs)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Runs the stack.
+
+        Args:
+            input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
+            hx: h_0 [L * K, B, H], without B where the input is unbatched; zeros by default.
+            lengths: as in `LSTM.forward`.
+
+        Returns:
+            output (packed if the input was) with K * H features, and h_n shaped as hx.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as torch.nn's module of the same name, or naming the
+                argument.
+        """
+        output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths)
+        return output, h_n
+
+
+class GRU(_WithoutCellState):
+    """A stack of GRU layers: `torch.nn.GRU`, plus `lengths`.
+
+    Constructor arguments, parameters, `state_dict`, repr and errors are those of `torch.nn.GRU`
+    (input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
+    bidirectional=False, device=None, dtype=None). Equation: `functional.gru`.
+    """
+
+    _kind = "GRU"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("GRU", *args, **kwargs)
+
+
+class RNN(_WithoutCellState):
+    """A stack of simple recurrent layers: `torch.nn.RNN`, plus `lengths`.
+
+    Constructor arguments, parameters, `state_dict`, repr and errors are those of `torch.nn.RNN`
+    (input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True, batch_first=False,
+    dropout=0.0, bidirectional=False, device=None, dtype=None). Equation: `functional.rnn`.
+
+    Raises:
+        ValueError: a nonlinearity other than "tanh" and "relu".
+    """
+
+    _kind = "RNN"
+    _suffix = " tensor"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if len(args) > 3:  # as torch: the fourth, before what the others take there
+            nonlinearity, args = args[3], args[:3] + args[4:]
         else:
-            self._check_state_shape(hx, data, batch_sizes)
-        output, h_n, c_n = self._run(input, hx, False, lengths)
-        output_data = pack_padded_sequence(output, lengths).data
-        if back is not None:
-            h_n, c_n = h_n.index_select(1, back), c_n.index_select(1, back)
-        return PackedSequence(output_data, batch_sizes, order, back), (h_n, c_n)
-
-    def _checked_state(self, input: Tensor, hx: State | None) -> State:
-        self.check_input(input, None)
-        if hx is None:
-            return self._zero_state(input, input.shape[0 if self.batch_first else 1])
-        self._check_state_shape(hx, input, None)
-        return hx
-
-    def _check_state_shape(self, hx: State, input: Tensor, batch_sizes: Tensor | None) -> None:
-        layers, B, R = self.get_expected_hidden_size(input, batch_sizes)
-        self.check_hidden_size(hx[0], (layers, B, R), "Expected hidden[0] size {}, got {}")
-        self.check_hidden_size(hx[1], (layers, B, self.hidden_size), "Expected hidden[1] size {}, got {}")
-
-    @staticmethod
-    def _check_state_rank(hx: State, rank: int, kind: str) -> None:
-        if hx[0].dim() != rank or hx[1].dim() != rank:
-            raise RuntimeError(
-                f"For {kind} input, hx and cx should also be {rank}-D "
-                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-            )
-
-    def _zero_state(self, input: Tensor, B: int) -> State:
-        layers = self.num_layers * (2 if self.bidirectional else 1)
-        h0 = input.new_zeros(layers, B, self.proj_size or self.hidden_size)
-        return h0, h0 if not self.proj_size else input.new_zeros(layers, B, self.hidden_size)
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in NONLINEARITIES:
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+        self.nonlinearity = nonlinearity

@@ -2,28 +2,32 @@
 
 Notation, used throughout the package: B batch, T time, I input size, H hidden size, R output
 size of a layer (H, or the projection size), D feature size, A attention size, K directions of a
-layer. Gates stand in torch's order i, f, g, o.
+layer, G blocks of H rows in a cell's weights. Gates stand in torch's order: i, f, g, o; r, z, n.
 """
 
 from rnnattn.reference.attention_pool import attention_pool_backward, attention_pool_forward
-from rnnattn.reference.lstm import (
+from rnnattn.reference.cells import CELLS
+from rnnattn.reference.layout import (
     DIRECTIONS,
     LayerWeights,
-    layer_gradients,
-    lstm_layer_backward,
-    lstm_layer_forward,
+    accumulation_dtype,
+    previous_states,
     split_weights,
     valid_steps,
 )
+from rnnattn.reference.recurrent import layer_gradients, recurrent_layer_backward, recurrent_layer_forward
 
 __all__ = [
+    "CELLS",
     "DIRECTIONS",
     "LayerWeights",
+    "accumulation_dtype",
     "attention_pool_backward",
     "attention_pool_forward",
     "layer_gradients",
-    "lstm_layer_backward",
-    "lstm_layer_forward",
+    "previous_states",
+    "recurrent_layer_backward",
+    "recurrent_layer_forward",
     "split_weights",
     "valid_steps",
 ]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnnattn.reference.lstm import accumulation_dtype
+from rnnattn.reference.layout import accumulation_dtype
 
 
 def attention_pool_forward(

@@ -1,0 +1,149 @@
+// The backward scan of a group of rows, as one member of its threads runs it: for each step the
+// product of the later step's gate gradients with the packed hidden weights gives the gradient of h,
+// a tile of rows and units at a time, and the cell's derivative on it the next gate gradients.
+#pragma once
+
+#include "barrier.h"
+#include "cells.h"
+#include "product_kernel.h"
+
+namespace {
+
+using rnnattn::BackwardScan;
+using rnnattn::Member;
+
+template <typename Cell, typename F>
+class Backward {
+  static constexpr int V = kWide;
+  static constexpr int64_t L = kLanes<F>, kBlock = V * L;
+
+ public:
+  Backward(const BackwardScan<F>& scan, const Member<F>& member)
+      : p(scan), m(member), d_rows(member.pointers), dh_rows(d_rows + p.rows.n), columns(gate_columns(p.mode) * p.H) {}
+
+  void run() {
+    const int64_t steps = scan_steps(p.rows);
+    int64_t running = 0;
+    for (int64_t step = steps - 1; step >= 0; --step) {
+      const int64_t later = running;  // rows that have run a later step; the others end here
+      while (running < p.rows.n && p.rows.length[running] > step) ++running;
+      point_at_later_step(step, later);
+      if (p.w_hr) {
+        projected_gradient(step, later, running);
+        for_blocks(m.first, m.last, step, [&](int64_t block, int64_t next) { units_projected(block, next, step, running); });
+      } else {
+        for_blocks(m.first, m.last, step, [&](int64_t block, int64_t next) {
+          state_gradients(block, next, later, running, [&](int64_t i, int64_t unit, int64_t n, Vec<F> dh) {
+            cell(i, step, unit, n, dh + output_gradient(i, step, unit, n));
+          });
+        });
+      }
+      wait();
+    }
+    point_at_later_step(-1, running);
+    const bool apart = p.w_hr;  // with a projection h has other columns than the units
+    for_blocks(apart ? m.first_projected : m.first, apart ? m.last_projected : m.last, 0, [&](int64_t block, int64_t next) {
+      state_gradients(block, next, running, running, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
+        store<F>(p.dh + p.rows.row[i] * p.R + column, dh, n);
+      });
+    });
+  }
+
+ private:
+  void wait() {
+    if (p.barrier) meet(p.barrier, m.index);
+  }
+
+  // body(block, the one after it), there and back again: the panels read last are still in cache.
+  template <typename Body>
+  void for_blocks(int64_t first, int64_t last, int64_t step, const Body& body) {
+    for (int64_t n = 0; n < last - first; ++n)
+      if (step % 2) body(last - 1 - n, last - 2 - n);
+      else body(first + n, first + n + 1);
+  }
+
+  // body(row, column, lanes, vector) for the columns below width of a tile's sums.
+  template <typename Body>
+  void for_vectors(const F* sums, int64_t block, int64_t first, int64_t rows, int64_t width, const Body& body) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t v = 0; v < V; ++v) {
+        const int64_t column = (block * V + v) * L, left = width - column;
+        if (left > 0) body(first + r, column, left < L ? left : L, load(sums + (r * V + v) * L));
+      }
+  }
+
+  void point_at_later_step(int64_t step, int64_t later) {
+    for (int64_t i = 0; i < later; ++i)
+      d_rows[i] = p.d_gates + slot_of(p.rows, i, time_of(p.rows, i, step + 1)) * columns + hidden_column(p.mode) * p.H;
+  }
+
+  // body(row, column, lanes, gradient of h) for the columns of a block: rows [0, later) have it from
+  // their later step, rows [later, end) end here and have that of h_n.
+  template <typename Body>
+  void state_gradients(int64_t block, int64_t next, int64_t later, int64_t end, const Body& body) {
+    const int64_t K = weight_gates(p.mode) * p.H;
+    const auto given = [&](int64_t i, int64_t column, int64_t n) { return load(p.dh + p.rows.row[i] * p.R + column, n); };
+    for_products<V, F>({d_rows, K, p.w_hh + block * K * kBlock, p.w_hh + next * K * kBlock}, 0, later,
+                       [&](int64_t first, int64_t rows, const F* sums) {
+                         for_vectors(sums, block, first, rows, p.R, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
+                           body(i, column, n, Cell::kCarry ? dh + given(i, column, n) : dh);
+                         });
+                       });
+    for (int64_t i = later; i < end; ++i)
+      for (int64_t v = 0; v < V; ++v) {
+        const int64_t column = (block * V + v) * L, left = p.R - column, n = left < L ? left : L;
+        if (left > 0) body(i, column, n, given(i, column, n));
+      }
+  }
+
+  Vec<F> output_gradient(int64_t i, int64_t step, int64_t column, int64_t n) {
+    if (!p.dy) return Vec<F>{};
+    const int64_t at = time_of(p.rows, i, step) * p.dy_step + p.rows.row[i] * p.dy_row;
+    return load_stored<F>(p.stored, p.dy, at + column, n);
+  }
+
+  // With a projection: first the whole gradient of h, R columns, then through w_hr that of the units.
+  void projected_gradient(int64_t step, int64_t later, int64_t running) {
+    for (int64_t i = 0; i < running; ++i) dh_rows[i] = p.dh_out + slot_of(p.rows, i, time_of(p.rows, i, step)) * p.R;
+    for_blocks(m.first_projected, m.last_projected, step, [&](int64_t block, int64_t next) {
+      state_gradients(block, next, later, running, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
+        store<F>(const_cast<F*>(dh_rows[i]) + column, dh + output_gradient(i, step, column, n), n);
+      });
+    });
+    wait();
+  }
+
+  void units_projected(int64_t block, int64_t next, int64_t step, int64_t running) {
+    for_products<V, F>({dh_rows, p.R, p.w_hr + block * p.R * kBlock, p.w_hr + next * p.R * kBlock}, 0, running,
+                       [&](int64_t first, int64_t rows, const F* sums) {
+                         for_vectors(sums, block, first, rows, p.H, [&](int64_t i, int64_t unit, int64_t n, Vec<F> dh) {
+                           cell(i, step, unit, n, dh);
+                         });
+                       });
+  }
+
+  void cell(int64_t i, int64_t step, int64_t unit, int64_t n, Vec<F> dh) {
+    const int64_t b = p.rows.row[i], t = time_of(p.rows, i, step), at = t * p.B + b;
+    const int64_t before = step ? time_of(p.rows, i, step - 1) * p.B + b : 0;
+    Vec<F> h{}, h_prev{};
+    if constexpr (Cell::kNeedsH) h = load_stored<F>(p.stored, p.y, at * p.y_row + unit, n);
+    if constexpr (Cell::kNeedsPrevious)
+      h_prev = step ? load_stored<F>(p.stored, p.y, before * p.y_row + unit, n) : load(p.h0 + b * p.R + unit, n);
+    const F *c = nullptr, *c_prev = nullptr;
+    if (p.cells) c = p.cells + at * p.H, c_prev = step ? p.cells + before * p.H : p.c0 + b * p.H;
+    Cell::template backward<F>({unit, n, p.H, p.stored, p.gates, at * columns, c, c_prev, h, h_prev, p.dc + b * p.H,
+                                p.d_gates + slot_of(p.rows, i, t) * columns, p.dh + b * p.R}, dh);
+  }
+
+  const BackwardScan<F>& p;
+  const Member<F>& m;
+  const F **d_rows, **dh_rows;
+  const int64_t columns;
+};
+
+template <typename F>
+void backward_scan(const BackwardScan<F>& scan, const Member<F>& member) {
+  with_cell(scan.mode, [&](auto cell) { Backward<decltype(cell), F>(scan, member).run(); });
+}
+
+}  // namespace

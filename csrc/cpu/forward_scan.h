@@ -1,0 +1,156 @@
+// The forward scan of a group of rows, as one member of its threads runs it: for each step the
+// product of the states with the packed hidden weights, a tile of rows and units at a time, and the
+// cell on the sums while they are in cache. The input products of some steps are computed ahead.
+#pragma once
+
+#include "barrier.h"
+#include "cells.h"
+#include "panels.h"
+#include "product_kernel.h"
+
+namespace {
+
+using rnnattn::ForwardScan;
+using rnnattn::Member;
+
+template <typename Cell, typename F>
+class Forward {
+  static constexpr int V = Cell::kGates * Cell::kUnits;
+  static constexpr int64_t L = kLanes<F>, kBlock = V * L;
+
+ public:
+  Forward(const ForwardScan<F>& scan, const Member<F>& member)
+      : p(scan), m(member), h_rows(member.pointers), raw_rows(h_rows + p.rows.n), x_rows(raw_rows + p.rows.n) {}
+
+  void run() {
+    const int64_t steps = scan_steps(p.rows);
+    int64_t running = p.rows.n;
+    for (int64_t step = 0; step < steps;) {
+      const int64_t end = step + p.chunk < steps ? step + p.chunk : steps, chunk_rows = gather(step, end);
+      const bool ahead = p.chunk > 1;
+      if (ahead)
+        for (int64_t block = m.first; block < m.last; ++block)
+          input_product(block, chunk_rows, w_ih(block + 1), m.gates_x + (block - m.first) * chunk_rows * kBlock);
+      for (int64_t first_row = 0; step < end; ++step, first_row += running) {
+        while (p.rows.length[running - 1] <= step) --running;
+        for (int64_t i = 0; i < running; ++i) h_rows[i] = state(i, step - 1);
+        for (int64_t n = 0; n < m.last - m.first; ++n) {
+          // There and back again: the panels read last are still in cache.
+          const int64_t back = step % 2, at = back ? m.last - m.first - 1 - n : n, block = m.first + at;
+          const int64_t next = back ? block - 1 : block + 1;
+          F* gates_x = m.gates_x + (ahead ? at * chunk_rows + first_row : 0) * kBlock;
+          if (!ahead) input_product(block, running, w_hh(block), gates_x);
+          const auto put = [&](int64_t first, int64_t rows, const F* sums) {
+            units(block, step, first, rows, gates_x + first * kBlock, sums);
+          };
+          if (p.w_hh) for_products<V, F>({h_rows, p.R, w_hh(block), ahead ? w_hh(next) : w_ih(next)}, 0, running, put);
+          else for_unpacked(block, running, put);
+        }
+        if (p.w_hr) project(step, running);
+        wait();
+      }
+    }
+  }
+
+ private:
+  void wait() {
+    if (p.barrier) meet(p.barrier, m.index);
+  }
+
+  // Points x_rows at the rows of x that the steps [step, end) take, in the scan's order.
+  int64_t gather(int64_t step, int64_t end) {
+    int64_t count = 0;
+    for (; step < end; ++step)
+      for (int64_t i = 0; i < p.rows.n && p.rows.length[i] > step; ++i, ++count) {
+        const int64_t at = time_of(p.rows, i, step) * p.x_step + p.rows.row[i] * p.x_row;
+        x_rows[count] = p.stored == Stored::kFull ? static_cast<const F*>(p.x) + at : m.x + count * p.I;
+        if (p.stored == Stored::kFull) continue;
+        for_lanes<F>(0, p.I, [&](int64_t k, int64_t n) {
+          store<F>(m.x + count * p.I + k, load_stored<F>(p.stored, p.x, at + k, n), n);
+        });
+      }
+    return count;
+  }
+
+  const F* w_ih(int64_t block) const { return p.w_ih + block * p.I * kBlock; }
+  const F* w_hh(int64_t block) const { return p.w_hh + block * p.R * kBlock; }
+
+  void input_product(int64_t block, int64_t n, const F* ahead, F* out) {
+    const F* bias = p.bias ? p.bias + block * kBlock : nullptr;
+    if (p.w_ih) multiply<V, F>({x_rows, p.I, w_ih(block), ahead}, 0, n, bias, out);
+    else multiply_unpacked(p.unpacked_ih, block, x_rows, n, bias, out);
+  }
+
+  template <typename Body>
+  void for_unpacked(int64_t block, int64_t n, const Body& body) {
+    for (int64_t i = 0; i < n; ++i) {
+      alignas(64) F sums[kBlock];
+      multiply_unpacked(p.unpacked_hh, block, h_rows + i, 1, static_cast<const F*>(nullptr), sums);
+      body(i, 1, sums);
+    }
+  }
+
+  // Where row i's state after a scan step is read as F; step -1 is the initial state.
+  F* state(int64_t i, int64_t step) const {
+    const int64_t b = p.rows.row[i];
+    if (step < 0) return const_cast<F*>(p.h0) + b * p.R;
+    if (p.h) return p.h + (step % 2 * p.B + b) * p.R;
+    return static_cast<F*>(p.y) + (time_of(p.rows, i, step) * p.B + b) * p.y_row;
+  }
+
+  // h leaves the step: into y, and into the states to be read as F where y is rounded.
+  void put(int64_t i, int64_t step, int64_t unit, int64_t n, Vec<F> h) {
+    const int64_t at = (time_of(p.rows, i, step) * p.B + p.rows.row[i]) * p.y_row;
+    const Vec<F> rounded = store_as(p.stored, p.y, at + unit, h, n);
+    if (p.h) store<F>(state(i, step) + unit, rounded, n);
+  }
+
+  void units(int64_t block, int64_t step, int64_t first, int64_t rows, const F* gates_x, const F* sums) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = first + r, b = p.rows.row[i], at = time_of(p.rows, i, step) * p.B + b;
+      for (int64_t u = 0; u < Cell::kUnits; ++u) {
+        const int64_t unit = (block * Cell::kUnits + u) * L, left = p.H - unit, n = left < L ? left : L;
+        if (n <= 0) break;
+        const int64_t vectors = r * kBlock + u * Cell::kGates * L;
+        const Vec<F> h = Cell::template forward<F>(
+            {unit, n, p.H, p.stored, h_rows[i], p.c + b * p.H, p.cells ? p.cells + at * p.H : nullptr, p.gates,
+             at * gate_columns(p.mode) * p.H, gates_x + vectors, sums + vectors, p.bias_q});
+        if (p.h_raw) store_rounded(p.h_raw + b * p.H + unit, h, n);
+        else put(i, step, unit, n, h);
+      }
+    }
+  }
+
+  void store_rounded(F* out, Vec<F> h, int64_t n) {
+    F rounded[L];
+    if (p.stored != Stored::kFull) h = store_as(p.stored, rounded, 0, h, n);
+    store<F>(out, h, n);
+  }
+
+  void project(int64_t step, int64_t running) {
+    constexpr int P = kWide;
+    wait();
+    for (int64_t i = 0; i < running; ++i) raw_rows[i] = p.h_raw + p.rows.row[i] * p.H;
+    for (int64_t block = m.first_projected; block < m.last_projected; ++block) {
+      const F* panel = p.w_hr + block * p.H * P * L;
+      for_products<P, F>({raw_rows, p.H, panel, panel}, 0, running, [&](int64_t first, int64_t rows, const F* sums) {
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t v = 0; v < P; ++v) {
+            const int64_t unit = (block * P + v) * L, left = p.R - unit;
+            if (left > 0) put(first + r, step, unit, left < L ? left : L, load(sums + (r * P + v) * L));
+          }
+      });
+    }
+  }
+
+  const ForwardScan<F>& p;
+  const Member<F>& m;
+  const F **h_rows, **raw_rows, **x_rows;
+};
+
+template <typename F>
+void forward_scan(const ForwardScan<F>& scan, const Member<F>& member) {
+  with_cell(scan.mode, [&](auto cell) { Forward<decltype(cell), F>(scan, member).run(); });
+}
+
+}  // namespace

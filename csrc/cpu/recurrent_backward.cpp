@@ -1,0 +1,162 @@
+// The backward of a recurrent layer on a CPU: the scan gives the gradients of all pre-activations,
+// from which those of the input and of the weights follow as GEMMs over all steps at once.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "../dispatch.h"
+#include "huge_pages.h"
+#include "layer.h"
+#include "row_order.h"
+
+namespace rnnattn {
+namespace {
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+
+// Where the (step, row) pairs inside their row's length stand in [T, B], slot by slot.
+struct Slots {
+  Tensor all;                     // [slots], t * B + b
+  Tensor first, rows;             // slots at which a scan starts, and their rows b
+  Tensor others, before;          // the other slots, and where the step before stands
+
+  Slots(const RowOrder& order, int64_t B, bool reverse) {
+    const auto integers = at::TensorOptions().dtype(at::kLong);
+    std::vector<int64_t> starts, start_rows, rest, previous;
+    all = at::empty({order.slots}, integers);
+    order.for_rows([&](int64_t b, int64_t length, int64_t place) {
+      for (int64_t t = 0; t < length; ++t) {
+        const int64_t slot = order.slot(t, place), before_t = reverse ? t + 1 : t - 1;
+        all.data_ptr<int64_t>()[slot] = t * B + b;
+        if (before_t < 0 || before_t >= length) starts.push_back(slot), start_rows.push_back(b);
+        else rest.push_back(slot), previous.push_back(before_t * B + b);
+      }
+    });
+    const auto tensor = [&](const std::vector<int64_t>& v) { return at::tensor(v, integers); };
+    first = tensor(starts), rows = tensor(start_rows), others = tensor(rest), before = tensor(previous);
+  }
+};
+
+// sum over all steps of d_t (x) h_{t-1}, [columns of d, R].
+template <typename F>
+Tensor state_product(const Tensor& d, const Tensor& y, const Tensor& h0, const RowOrder& order, bool reverse) {
+  const auto acc = d.scalar_type();
+  const int64_t T = y.size(0), B = y.size(1), R = y.size(2);
+  if (order.ragged) {
+    const Slots slots(order, B, reverse);
+    const Tensor h_prev = at::empty({order.slots, R}, y.options());
+    h_prev.index_copy_(0, slots.first, h0.index_select(0, slots.rows));
+    h_prev.index_copy_(0, slots.others, y.reshape({T * B, R}).index_select(0, slots.before));
+    return at::mm(d.t(), h_prev.to(acc));
+  }
+  const Tensor sum = at::mm(d.narrow(0, reverse ? (T - 1) * B : 0, B).t(), h0.to(acc));
+  if (T > 1) sum.addmm_(d.narrow(0, reverse ? 0 : B, (T - 1) * B).t(), y.narrow(0, reverse, T - 1).reshape({(T - 1) * B, R}).to(acc));
+  return sum;
+}
+
+template <typename F>
+Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
+                   const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
+                   const Tensor& y, const Tensor& gates, const Tensor& cells, bool has_biases, std::string_view direction,
+                   Mode mode, bool needs_dx, bool needs_dweights) {
+  const auto reverses = parse_direction(direction);
+  const auto acc = c10::CppTypeToScalarType<F>::value;
+  const auto dtype = x.scalar_type();
+  const int64_t T = x.size(0), B = x.size(1), I = x.size(2), K = h0.size(0), R = h0.size(2);
+  const int64_t columns = gate_columns(mode), used = weight_gates(mode), H = weights[0].size(0) / used;
+  const bool lstm = mode == Mode::kLstm, gru = mode == Mode::kGru;
+  const auto full = x.options().dtype(acc);
+  const Tensor none = at::empty({0}, x.options());
+
+  const auto parts = split_weights(weights, has_biases, K, acc);
+  const bool projected = parts[0].w_hr.defined();
+  const auto start = [&](const OptionalTensor& given, int64_t width) {
+    return given ? given->to(acc, false, true, at::MemoryFormat::Contiguous) : at::zeros({K, B, width}, full);
+  };
+  const Tensor dh = start(dh_n, R), dc = lstm ? start(dc_n, H) : none;
+  const Tensor h0_full = h0.to(acc).contiguous(), c0_full = lstm ? c0->to(acc).contiguous() : Tensor();
+  OptionalTensor dy = dy_given;
+  if (dy && dy->stride(2) != 1) dy = dy->contiguous();
+
+  std::vector<PackedMatrix<F>> matrices;  // per direction: w_hh, (w_hr)
+  for (const auto& w : parts) {
+    matrices.push_back(packed_columns<F>(w.w_hh, false));
+    if (projected) matrices.push_back(packed_columns<F>(w.w_hr, false));
+  }
+  const size_t each = matrices.size() / K;
+  const int64_t lanes = kernels<F>().lanes, blocks = blocks_of(H, kernels<F>().wide_vectors, lanes);
+  const int64_t projected_blocks = projected ? matrices[0].blocks : 0;
+
+  const Plan plan =
+      plan_layer({mode, B, I, H, R, static_cast<int>(K), mean_rows(lengths, T, B), sizeof(F), lanes, true}, team_size());
+  const RowOrder order(lengths, T, B, plan.groups);
+  const Tensor d_gates = in_huge_pages(at::empty({K, order.slots, columns * H}, full));
+  const Tensor dh_out = projected ? in_huge_pages(at::empty({K, order.slots, R}, full)) : Tensor();
+
+  run_layer(plan, static_cast<int>(K), matrices, [&](int k, int group, int index, int members, int, Barrier* barrier) {
+    const auto share = [&](int64_t n, int m) { return n * m / members; };
+    std::vector<const F*> pointers(2 * ((B + plan.groups - 1) / plan.groups));
+    const Member<F> member{index, share(blocks, index), share(blocks, index + 1), share(projected_blocks, index),
+                           share(projected_blocks, index + 1), nullptr, nullptr, pointers.data()};
+    const auto at_bytes = [&](const Tensor& t, int64_t at) -> const void* {
+      return t.numel() ? static_cast<const char*>(t.const_data_ptr()) + at * t.element_size() : nullptr;
+    };
+    const auto pointer = [&](const Tensor& t, int64_t stride) { return t.defined() && t.numel() ? t.data_ptr<F>() + k * stride : nullptr; };
+    const BackwardScan<F> scan{mode, stored_as(dtype), T, B, H, R, order.group(group, reverses[k]), barrier,
+                               matrices[k * each].data(), projected ? matrices[k * each + 1].data() : nullptr,
+                               dy ? at_bytes(*dy, k * R) : nullptr, dy ? dy->stride(0) : 0, dy ? dy->stride(1) : 0,
+                               at_bytes(y, k * R), K * R, at_bytes(gates, k * T * B * columns * H), pointer(cells, T * B * H),
+                               pointer(h0_full, B * R), pointer(c0_full, B * H), pointer(dh, B * R), pointer(dc, B * H),
+                               pointer(d_gates, order.slots * columns * H), pointer(dh_out, order.slots * R)};
+    kernels<F>().backward_scan(scan, member);
+  });
+
+  const Tensor rows = order.ragged ? Slots(order, B, false).all : Tensor();
+  const auto packed = [&](const Tensor& t) {  // [T, B, n] -> [slots, n], as F
+    const Tensor flat = t.reshape({T * B, t.size(2)});
+    return (order.ragged ? flat.index_select(0, rows) : flat).to(acc);
+  };
+  const Tensor x_packed = needs_dweights ? packed(x) : Tensor();
+  Tensor dx;
+  std::vector<Tensor> dweights;
+  for (int64_t k = 0; k < K; ++k) {
+    const DirectionWeights& w = parts[k];
+    const Tensor d = d_gates[k], d_x = d.narrow(1, 0, used * H), d_h = d.narrow(1, hidden_column(mode) * H, used * H);
+    if (needs_dx) {
+      const Tensor w_ih = gru ? w.w_ih.roll(H, 0) : w.w_ih;  // rows in the order of the gradients: n, r, z
+      if (k > 0) dx.addmm_(d_x, w_ih);
+      else dx = at::mm(d_x, w_ih);
+    }
+    if (!needs_dweights) continue;
+    const auto in_order = [&](const Tensor& t) { return gru ? t.roll(-H, 0) : t; };
+    dweights.push_back(in_order(at::mm(d_x.t(), x_packed)).to(dtype));
+    dweights.push_back(state_product<F>(d_h, y.narrow(2, k * R, R), h0[k], order, reverses[k]).to(dtype));
+    if (has_biases) dweights.push_back(in_order(d_x.sum(0)).to(dtype));
+    if (has_biases && gru) dweights.push_back(d_h.sum(0).to(dtype));
+    if (projected) {
+      const Tensor h_raw = (gates[k].narrow(2, 3 * H, H).to(acc) * cells[k].tanh()).to(dtype);
+      dweights.push_back(at::mm(dh_out[k].t(), packed(h_raw)).to(dtype));
+    }
+  }
+  if (needs_dx && order.ragged) dx = at::zeros({T * B, I}, full).index_copy_(0, rows, dx);
+  return {needs_dx ? dx.to(dtype).view({T, B, I}) : none, dh.to(dtype), lstm ? dc.to(dtype) : none, dweights};
+}
+
+Gradients recurrent_layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                                   const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                                   const OptionalTensor& lengths, const Tensor& y, const Tensor& gates, const Tensor& cells,
+                                   bool has_biases, std::string_view direction, std::string_view mode, bool needs_dx,
+                                   bool needs_dweights) {
+  return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
+    return backward<decltype(zero)>(dy, dh_n, dc_n, x, h0, c0, weights, contiguous(lengths), y, gates, cells, has_biases,
+                                    direction, parse_mode(mode), needs_dx, needs_dweights);
+  });
+}
+
+TORCH_LIBRARY_IMPL(rnnattn_native, CPU, m) {
+  m.impl("recurrent_layer_backward", &recurrent_layer_backward);
+}
+
+}  // namespace
+}  // namespace rnnattn

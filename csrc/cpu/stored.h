@@ -1,0 +1,78 @@
+// Vectors of F in memory as F or rounded to 16 bits, to nearest with ties to even as torch rounds.
+#pragma once
+
+#include "../recurrent.h"
+#include "vec.h"
+
+namespace {
+
+using rnnattn::Stored;
+
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+
+inline IntVec bits(FloatVec v) { return (IntVec)v; }  // a cast of vectors keeps the bits
+inline FloatVec from_bits(IntVec v) { return (FloatVec)v; }
+
+inline FloatVec from_bfloat16(IntVec stored) { return from_bits(stored << 16); }
+
+inline IntVec to_bfloat16(FloatVec v) {
+  const IntVec b = bits(v), rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  return v == v ? rounded : (IntVec{} + 0x7fc0);
+}
+
+// The exponent is rebiased by a product with 2^112, which gets subnormal numbers right as well.
+inline FloatVec from_half(IntVec stored) {
+  const IntVec magnitude = (stored & 0x7fff) << 13, sign = (stored & 0x8000) << 16;
+  const IntVec finite = bits(from_bits(magnitude) * 0x1p112f);
+  return from_bits((magnitude >= (0x7c00 << 13) ? (magnitude | 0x7f800000) : finite) | sign);
+}
+
+inline IntVec to_half(FloatVec v) {
+  const IntVec b = bits(v), magnitude = b & 0x7fffffff, sign = (b >> 16) & 0x8000;
+  const IntVec normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const IntVec subnormal = bits(from_bits(magnitude) + 0.5f) - (126 << 23);  // adding 1/2 rounds at 2^-24
+  const IntVec special = magnitude > 0x7f800000 ? (IntVec{} + 0x7e00) : (IntVec{} + 0x7c00);
+  const IntVec finite = magnitude < (113 << 23) ? subnormal : normal;
+  return (magnitude >= (143 << 23) ? special : finite) | sign;
+}
+
+// Lanes [0, n) of the elements from index on.
+inline FloatVec load_stored(Stored stored, const void* base, int64_t index, int64_t n, float) {
+  if (stored == Stored::kFull) return load(static_cast<const float*>(base) + index, n);
+  HalfBits narrow{};
+  const uint16_t* p = static_cast<const uint16_t*>(base) + index;
+  if (n == kLanes<float>) std::memcpy(&narrow, p, sizeof narrow);
+  else std::memcpy(&narrow, p, n * sizeof *p);
+  const IntVec wide = __builtin_convertvector(narrow, IntVec);
+  return stored == Stored::kBFloat16 ? from_bfloat16(wide) : from_half(wide);
+}
+
+inline DoubleVec load_stored(Stored, const void* base, int64_t index, int64_t n, double) {
+  return load(static_cast<const double*>(base) + index, n);
+}
+
+template <typename F>
+inline Vec<F> load_stored(Stored stored, const void* base, int64_t index, int64_t n) {
+  return load_stored(stored, base, index, n, F{});
+}
+
+// Returns what was stored, as F: v itself, or v rounded.
+inline FloatVec store_as(Stored stored, void* base, int64_t index, FloatVec v, int64_t n) {
+  if (stored == Stored::kFull) {
+    store<float>(static_cast<float*>(base) + index, v, n);
+    return v;
+  }
+  const IntVec rounded = stored == Stored::kBFloat16 ? to_bfloat16(v) : to_half(v);
+  const HalfBits narrow = __builtin_convertvector(rounded, HalfBits);
+  uint16_t* p = static_cast<uint16_t*>(base) + index;
+  if (n == kLanes<float>) std::memcpy(p, &narrow, sizeof narrow);
+  else std::memcpy(p, &narrow, n * sizeof *p);
+  return stored == Stored::kBFloat16 ? from_bfloat16(rounded) : from_half(rounded);
+}
+
+inline DoubleVec store_as(Stored, void* base, int64_t index, DoubleVec v, int64_t n) {
+  store<double>(static_cast<double*>(base) + index, v, n);
+  return v;
+}
+
+}  // namespace

@@ -1,0 +1,114 @@
+// Parameters of the scans of a recurrent layer on a CPU: one direction, and those of its rows that a
+// group of threads computes together. Pointers are borrowed for the call; F is the accumulation type
+// (float or double). Letters: B batch, T time, I input size, H hidden size, R output size (H, or the
+// projection size), G gates per unit.
+#pragma once
+
+#include <cstdint>
+
+namespace rnnattn {
+
+class Barrier;
+
+enum class Mode { kLstm, kGru, kTanh, kRelu };
+
+// How x, y, the gates and their gradients are held in memory: as F, or rounded to 16 bits.
+enum class Stored { kFull, kBFloat16, kHalf };
+
+// Columns of the pre-activations' gradients, those of the input product first: LSTM i, f, g, o;
+// GRU n, r, z, q, of which the hidden product has r, z, q (q = W_hn h + b_hn); RNN its only one.
+// static: an inline function compiled for AVX-512 must not be the one that the linker keeps for all.
+static constexpr int64_t gate_columns(Mode mode) { return mode == Mode::kLstm || mode == Mode::kGru ? 4 : 1; }
+static constexpr int64_t weight_gates(Mode mode) { return mode == Mode::kLstm ? 4 : mode == Mode::kGru ? 3 : 1; }
+static constexpr int64_t unit_vectors(Mode mode) { return weight_gates(mode) == 1 ? 4 : 1; }  // of a block of units
+static constexpr int64_t hidden_column(Mode mode) { return mode == Mode::kGru ? 1 : 0; }
+
+// The rows of a group, longest first, so that those still running at a scan step are the first ones.
+// A slot is the place of a (step, row) pair among those inside their row's length, ordered by step.
+struct Rows {
+  int64_t n;
+  const int64_t* row;     // [n] index in the batch
+  const int64_t* length;  // [n] steps of the row
+  const int64_t* place;   // [n] place among all rows of the batch, longest first
+  const int64_t* offset;  // [T] slot of the first row at step t
+  bool reverse;           // a row's scan starts at its last step
+};
+
+// The steps of a scan, and where row i of a group is in its input at a scan step.
+static inline int64_t scan_steps(const Rows& rows) { return rows.n ? rows.length[0] : 0; }
+static inline int64_t time_of(const Rows& rows, int64_t i, int64_t step) {
+  return rows.reverse ? rows.length[i] - 1 - step : step;
+}
+static inline int64_t slot_of(const Rows& rows, int64_t i, int64_t t) { return rows.offset[t] + rows.place[i]; }
+
+// What one member of a group computes, and its own memory. A block is what one pass over a panel of
+// packed weights gives; blocks of the projection (which are columns of R) are counted apart.
+template <typename F>
+struct Member {
+  int index;
+  int64_t first, last;  // blocks of units
+  int64_t first_projected, last_projected;
+  F* gates_x;           // forward: [blocks][rows][vectors][lanes], see ForwardScan::chunk
+  F* x;                 // forward: [rows of a chunk, I], x as F where it is stored in 16 bits
+  const F** pointers;   // [rows of a chunk + 2 n]
+};
+
+// A matrix to be packed as panels, [block][K][vectors of a block][lanes], zero beyond the matrix.
+template <typename F>
+struct Packing {
+  const F* w;           // element (k, column) at w[k * k_stride + column * column_stride]
+  int64_t k_stride, column_stride;
+  int64_t K, width;     // width: units, or columns
+  int64_t gates;        // column of a unit's gate g: g * width + unit
+  int64_t units;        // vectors of units in a block, each with its gates
+};
+
+template <typename F>
+struct ForwardScan {
+  Mode mode;
+  Stored stored;
+  int64_t T, B, I, H, R;
+  Rows rows;
+  Barrier* barrier;     // of the group's members; null for one
+  const void* x;        // stored [T, B, I] with the strides below, elements of a step contiguous
+  int64_t x_step, x_row;
+  Packing<F> unpacked_ih, unpacked_hh;
+  const F* w_ih;        // panels, K = I, or null: the product takes the matrices unpacked
+  const F* w_hh;        // panels, K = R, or null
+  const F* bias;        // [blocks][vectors][lanes], added to the input product, or null
+  const F* bias_q;      // GRU: b_hn [H], or null
+  const F* w_hr;        // panels, K = H, or null without projection
+  const F* h0;          // [B, R]
+  F* h;                 // [2, B, R], the states of two steps; null where y holds them as F
+  F* h_raw;             // [B, H], before the projection; null without
+  F* c;                 // [B, H] in: c0; out: the last cell state; LSTM
+  void* y;              // stored [T, B, y_row], from this direction's first column on
+  int64_t y_row;
+  void* gates;          // stored [T, B, gate columns * H] after the activation, or null; LSTM, GRU
+  F* cells;             // [T, B, H], or null; LSTM
+  int64_t chunk;        // scan steps whose input product is computed at once; 1: block by block
+};
+
+template <typename F>
+struct BackwardScan {
+  Mode mode;
+  Stored stored;
+  int64_t T, B, H, R;
+  Rows rows;
+  Barrier* barrier;
+  const F* w_hh;      // panels of R columns, K = hidden gates * H
+  const F* w_hr;      // panels of H columns, K = R, or null without projection
+  const void* dy;     // stored [T, B, R], strides below, or null
+  int64_t dy_step, dy_row;
+  const void* y;      // stored [T, B, y_row]
+  int64_t y_row;
+  const void* gates;  // stored [T, B, gate columns * H]
+  const F* cells;     // [T, B, H]
+  const F *h0, *c0;   // [B, R], [B, H]
+  F* dh;              // [B, R] in: gradient of h_n; out: of h0
+  F* dc;              // [B, H] in: gradient of c_n; out: of c0
+  F* d_gates;         // [slots, gate columns * H] out
+  F* dh_out;          // [slots, R] out, the whole gradient of h_t; null without projection
+};
+
+}  // namespace rnnattn

@@ -1,0 +1,29 @@
+"""What torch.autocast means for the operations: they run, and return, in its dtype.
+
+So torch runs its own recurrent layers with cuDNN and oneDNN. Where it has neither (a GRU on a CPU) it
+multiplies in that dtype and promotes the results to the state's; here they stay in it.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for on x's device; None where it is off."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def lowered(t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
+    """As autocast casts: floating tensors but float64."""
+    return t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)

@@ -1,0 +1,185 @@
+"""The operation `rnnattn::recurrent_layer`: one recurrent layer over a sequence, in one or both directions.
+
+Shapes and equations: `rnnattn.reference.recurrent`. The operator's contract is the whole layer, so that
+a backend decides by itself where the input product goes and what one launch covers. What a mode does
+not have (c_n, gates, cells, dc0) is an empty tensor here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from rnnattn import backends
+from rnnattn.autograd.eager import is_eager
+from rnnattn.reference import CELLS, DIRECTIONS, accumulation_dtype, split_weights
+
+torch.library.define(
+    "rnnattn::recurrent_layer",
+    "(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? lengths, bool has_biases, "
+    "str direction, str mode, bool save, str backend) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
+)
+torch.library.define(
+    "rnnattn::recurrent_layer_backward",
+    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, "
+    "Tensor? lengths, Tensor y, Tensor gates, Tensor cells, bool has_biases, str direction, str mode, "
+    "bool needs_dx, bool needs_dweights, str backend) "
+    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)",
+)
+
+
+def _forward(  # type: ignore[no-untyped-def]
+    x, h0, c0, weights, lengths, has_biases, direction, mode, save, backend
+):
+    y, h_n, c_n, gates, cells = backends.get(backend).recurrent_layer_forward(
+        x, h0, c0, weights, lengths, has_biases, direction, mode, save
+    )
+    cell = CELLS[mode]
+    return (
+        y,
+        h_n,
+        c_n,
+        gates if save and cell.saved else x.new_empty(0),
+        cells if save and cell.has_c else x.new_empty(0),
+    )
+
+
+@torch.library.register_fake("rnnattn::recurrent_layer")
+def _forward_fake(  # type: ignore[no-untyped-def]
+    x, h0, c0, weights, lengths, has_biases, direction, mode, save, backend
+):
+    T, B, _ = x.shape
+    K, _, R = h0.shape
+    cell, H = CELLS[mode], R if c0 is None else c0.shape[-1]
+    return (
+        x.new_empty(T, B, K * R),
+        x.new_empty(K, B, R),
+        x.new_empty((K, B, H) if cell.has_c else 0),
+        x.new_empty((K, T, B, cell.saved * H) if save and cell.saved else 0),
+        x.new_empty(K, T, B, H, dtype=accumulation_dtype(x.dtype)) if save and cell.has_c else x.new_empty(0),
+    )
+
+
+def _backward(  # type: ignore[no-untyped-def]
+    dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
+    needs_dx, needs_dweights, backend,
+):  # fmt: skip
+    dx, dh0, dc0, dweights = backends.get(backend).recurrent_layer_backward(
+        dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
+        needs_dx, needs_dweights,
+    )  # fmt: skip
+    return dx if needs_dx else x.new_empty(0), dh0, dc0, dweights if needs_dweights else []
+
+
+@torch.library.register_fake("rnnattn::recurrent_layer_backward")
+def _backward_fake(  # type: ignore[no-untyped-def]
+    dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
+    needs_dx, needs_dweights, backend,
+):  # fmt: skip
+    dweights = []
+    if needs_dweights:
+        for w in split_weights(weights, has_biases, len(DIRECTIONS[direction])):
+            grown = [w.w_ih, w.w_hh, w.b_ih, None if CELLS[mode].shared else w.b_hh, w.w_hr]
+            dweights += [x.new_empty(p.shape) for p in grown if p is not None]
+    dx = x.new_empty(x.shape if needs_dx else 0)
+    return dx, x.new_empty(h0.shape), x.new_empty(0 if c0 is None else c0.shape), dweights
+
+
+torch.library.impl("rnnattn::recurrent_layer", "CompositeExplicitAutograd", _forward)
+torch.library.impl("rnnattn::recurrent_layer_backward", "CompositeExplicitAutograd", _backward)
+
+
+class RecurrentLayer(torch.autograd.Function):
+    """forward(x, h0, c0, lengths, has_biases, direction, mode, backend, *weights)."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        x, h0, c0, lengths, has_biases, direction, mode, backend, *weights
+    ):
+        run = _forward if is_eager(x) else torch.ops.rnnattn.recurrent_layer
+        return run(x, h0, c0, list(weights), lengths, has_biases, direction, mode, True, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, h0, c0, lengths, has_biases, direction, mode, backend, *weights = inputs
+        y, _, c_n, gates, cells = output
+        if c0 is None:
+            ctx.mark_non_differentiable(c_n, gates, cells)
+        else:
+            ctx.mark_non_differentiable(gates, cells)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h0, c0, lengths, y, gates, cells, *weights)
+        ctx.settings = has_biases, direction, mode, backend
+
+    @staticmethod
+    def backward(ctx: Any, dy, dh_n, dc_n, _dgates, _dcells):  # type: ignore[no-untyped-def]
+        needs = ctx.needs_input_grad
+        gradients = _gradients(ctx, dy, dh_n, dc_n, needs[0], any(needs[8:]))
+        return *gradients[:3], None, None, None, None, None, *gradients[3]
+
+
+def _gradients(  # type: ignore[no-untyped-def]
+    ctx: Any, dy, dh_n, dc_n, needs_dx: bool, needs_dweights: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor | None]]:
+    """dx, dh0, dc0 and one gradient per weight."""
+    x, h0, c0, lengths, y, gates, cells, *weights = ctx.saved_tensors
+    has_biases, direction, mode, backend = ctx.settings
+    # A gradient that is itself to be differentiated goes through the operator, which refuses.
+    run = _backward if is_eager(x) and not torch.is_grad_enabled() else torch.ops.rnnattn.recurrent_layer_backward
+    dx, dh0, dc0, dweights = run(
+        dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
+        needs_dx, needs_dweights, backend,
+    )  # fmt: skip
+    dx, dc0 = dx if needs_dx else None, None if c0 is None else dc0
+    if not needs_dweights:
+        return dx, dh0, dc0, [None] * len(weights)
+    if has_biases and CELLS[mode].shared:  # b_ih and b_hh have one gradient
+        per_direction = len(dweights) // len(DIRECTIONS[direction])
+        starts = range(0, len(dweights), per_direction)
+        dweights = [d for s in starts for d in (*dweights[s : s + 3], *dweights[s + 2 : s + per_direction])]
+    return dx, dh0, dc0, list(dweights)
+
+
+# The operators called directly (an exported graph, opcheck) differentiate by the same rule.
+def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, h0, c0, weights, lengths, has_biases, direction, mode, save, backend = inputs
+    if not save:
+        raise RuntimeError("rnnattn::recurrent_layer: gradients need save=True, got save=False")
+    RecurrentLayer.setup_context(ctx, (x, h0, c0, lengths, has_biases, direction, mode, backend, *weights), output)
+
+
+def _op_backward(ctx: Any, dy, dh_n, dc_n, _dgates, _dcells):  # type: ignore[no-untyped-def]
+    dx, dh0, dc0, dweights = _gradients(ctx, dy, dh_n, dc_n, ctx.needs_input_grad[0], True)
+    return dx, dh0, dc0, dweights, None, None, None, None, None, None
+
+
+def _no_double_backward(ctx: Any, *gradients: Any) -> NoReturn:
+    raise NotImplementedError("rnnattn: recurrent_layer has no double backward (a gradient of its gradients)")
+
+
+torch.library.register_autograd("rnnattn::recurrent_layer", _op_backward, setup_context=_setup_op_context)
+torch.library.register_autograd("rnnattn::recurrent_layer_backward", _no_double_backward)
+
+
+def recurrent_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    has_biases: bool,
+    direction: str,
+    mode: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, h_n, c_n of one layer; see `rnnattn.reference.recurrent_layer_forward` for the shapes."""
+    states = (h0,) if c0 is None else (h0, c0)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights)):
+        y, h_n, c_n, _, _ = RecurrentLayer.apply(x, h0, c0, lengths, has_biases, direction, mode, backend, *weights)
+    else:
+        run = _forward if is_eager(x) else torch.ops.rnnattn.recurrent_layer
+        y, h_n, c_n, _, _ = run(x, h0, c0, weights, lengths, has_biases, direction, mode, False, backend)
+    return y, h_n, None if c0 is None else c_n

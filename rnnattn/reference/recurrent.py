@@ -1,0 +1,240 @@
+"""One recurrent layer over a sequence, forward and backward, in plain PyTorch: any cell of `cells.CELLS`.
+
+    a_t = W_ih x_t + b_ih,    b_t = W_hh h_{t-1} + b_hh
+    h_t, c_t = cell(a_t, b_t, h_{t-1}, c_{t-1})
+    h_t = W_hr h_t                                    (LSTM with a projection, Sak et al. 2014)
+
+Arithmetic runs in the accumulation type (fp32 for 16-bit inputs, else the input's own); h_t is
+rounded to the input's type where it leaves the step, and before a projection; c_t never is. Step t of
+row b is valid where t < lengths[b]; other steps carry the state on, give y = 0, and x and dy are not
+read there.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rnnattn.reference.cells import CELLS, Cell, Step
+from rnnattn.reference.layout import (
+    DIRECTIONS,
+    LayerWeights,
+    accumulation_dtype,
+    previous_states,
+    split_weights,
+    valid_steps,
+    zero_invalid,
+)
+
+
+def recurrent_layer_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    has_biases: bool,
+    direction: str,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One layer over a sequence; differentiable by autograd.
+
+    G blocks of weights and S saved values a unit are the cell's: 4 and 4 (LSTM), 3 and 4 (GRU), 1 and 0 (RNN).
+
+    Args:
+        x: [T, B, I].
+        h0, c0: [K, B, R] and [K, B, H]; c0 is None for a cell without c (all but the LSTM).
+        weights: K times w_ih [GH, I], w_hh [GH, R], (b_ih, b_hh [GH]), (w_hr [R, H], LSTM only).
+        lengths: integers [B] on x's device, 0 <= lengths <= T, or None for T everywhere.
+        direction: a key of `DIRECTIONS`. mode: a key of `CELLS`.
+
+    Returns:
+        y [T, B, K * R], h_n [K, B, R], c_n [K, B, H] in x's dtype, and what the backward needs:
+        gates [K, T, B, SH] in x's dtype, zero at invalid steps (LSTM i, f, g, o after the activation;
+        GRU r, z, n, and q before the reset), and cells [K, T, B, H] in the accumulation type, the state
+        carried on at invalid steps. What the cell does not have is an empty tensor.
+    """
+    reverses, cell = DIRECTIONS[direction], CELLS[mode]
+    scans = [
+        _scan_forward(cell, x, h0[k], None if c0 is None else c0[k], w, lengths, reverses[k])
+        for k, w in enumerate(split_weights(weights, has_biases, len(reverses)))
+    ]
+    y, h_n, *rest = zip(*scans, strict=True)
+    c_n, gates, cells = (x.new_empty(0) if parts[0] is None else torch.stack(parts) for parts in rest)
+    return torch.cat(y, -1), torch.stack(h_n), c_n, gates, cells
+
+
+def _scan_forward(
+    cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, w: LayerWeights, lengths: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    T, dtype, acc = x.shape[0], x.dtype, accumulation_dtype(x.dtype)
+    w_ih, w_hh, b_ih, b_hh, w_hr = (None if p is None else p.to(acc) for p in w)
+    assert w_ih is not None and w_hh is not None
+    a = F.linear(zero_invalid(x, lengths).to(acc), w_ih, b_ih)  # [T, B, GH]
+    c = None if c is None else c.to(acc)
+    valid = None if lengths is None else valid_steps(lengths, T)[..., None]
+
+    y: list[Tensor] = [h] * T
+    gates: list[Tensor] = [h] * T
+    cells: list[Tensor] = [h] * T
+    for t in reversed(range(T)) if reverse else range(T):
+        h_acc = h.to(acc)
+        h_t, c_t, saved = cell.forward(a[t], F.linear(h_acc, w_hh, b_hh), h_acc, c)
+        h_t = h_t.to(dtype)
+        if w_hr is not None:
+            h_t = (h_t.to(acc) @ w_hr.t()).to(dtype)
+        y[t] = h_t if valid is None else torch.where(valid[t], h_t, 0)
+        h = h_t if valid is None else torch.where(valid[t], h_t, h)
+        if c is not None and c_t is not None:
+            c = cells[t] = c_t if valid is None else torch.where(valid[t], c_t, c)
+        if saved is not None:
+            gates[t] = saved.to(dtype) if valid is None else torch.where(valid[t], saved.to(dtype), 0)
+
+    B, H = a.shape[1], a.shape[2] // cell.blocks
+    return (
+        _stacked(y, x.new_empty(0, B, h.shape[-1])),
+        h,
+        None if c is None else c.to(dtype),
+        _stacked(gates, x.new_empty(0, B, cell.saved * H)) if cell.saved else None,
+        _stacked(cells, a.new_empty(0, B, H)) if cell.has_c else None,
+    )
+
+
+def _stacked(steps: list[Tensor], empty: Tensor) -> Tensor:
+    """[T, ...]; `empty` where T is 0, which torch.stack refuses."""
+    return torch.stack(steps) if steps else empty
+
+
+def recurrent_layer_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    has_biases: bool,
+    direction: str,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of `recurrent_layer_forward` by the explicit equations.
+
+    Args:
+        dy, dh_n, dc_n: cotangents of y, h_n and c_n, or None for zero.
+        y, gates, cells: what the forward returned; the rest as given to it.
+
+    Returns:
+        dx [T, B, I], dh0 [K, B, R], dc0 [K, B, H] (or empty) and, per direction, what
+        `layer_gradients` returns.
+    """
+    reverses, cell = DIRECTIONS[direction], CELLS[mode]
+    K, R = len(reverses), h0.shape[-1]
+    acc = accumulation_dtype(x.dtype)
+    dx = torch.zeros(x.shape, dtype=acc, device=x.device)
+    dh0, dc0 = torch.empty_like(h0), x.new_empty(0) if c0 is None else torch.empty_like(c0)
+    dweights: list[Tensor] = []
+    for k, w in enumerate(split_weights(weights, has_biases, K)):
+        y_k = y[..., k * R : (k + 1) * R]
+        dy_k = None if dy is None else dy[..., k * R : (k + 1) * R]
+        h_prev = previous_states(y_k, h0[k], lengths, reverses[k])
+        gates_k, cells_k = gates[k] if cell.saved else None, cells[k] if cell.has_c else None
+        c0_k, dc = None, None
+        if c0 is not None:
+            c0_k = c0[k].to(acc)
+            dc = torch.zeros_like(c0_k) if dc_n is None else dc_n[k].to(acc)
+        dh = torch.zeros_like(h0[k], dtype=acc) if dh_n is None else dh_n[k].to(acc)
+        da, db, dh_out, dh, dc = _scan_backward(
+            cell, dy_k, dh, dc, c0_k, w, lengths, y_k, h_prev, gates_k, cells_k, reverses[k]
+        )
+        dh0[k] = dh
+        if dc is not None:
+            dc0[k] = dc
+        dx += da @ w.w_ih.to(acc)
+        dweights += layer_gradients(da, None if cell.shared else db, dh_out, x, h_prev, gates_k, cells_k, w, lengths)
+    return dx.to(x.dtype), dh0, dc0, dweights
+
+
+def _scan_backward(
+    cell: Cell,
+    dy: Tensor | None,
+    dh: Tensor,
+    dc: Tensor | None,
+    c0: Tensor | None,
+    w: LayerWeights,
+    lengths: Tensor | None,
+    y: Tensor,
+    h_prev: Tensor,
+    gates: Tensor | None,
+    cells: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """da and db [T, B, GH], dh_out [T, B, R] (the whole gradient of h_t), dh0 and dc0."""
+    (T, B, R), acc = y.shape, dh.dtype
+    w_hh, w_hr = w.w_hh.to(acc), None if w.w_hr is None else w.w_hr.to(acc)
+    valid = None if lengths is None else valid_steps(lengths, T)[..., None]
+    da, db = (torch.zeros(T, B, w_hh.shape[0], dtype=acc, device=y.device) for _ in range(2))
+    dh_out = torch.zeros(T, B, R, dtype=acc, device=y.device)
+    steps = list(reversed(range(T)) if reverse else range(T))
+    for n in reversed(range(T)):
+        t = steps[n]
+        c_prev = c0 if cells is None or n == 0 else cells[steps[n - 1]]
+        step = Step(
+            None if gates is None else gates[t].to(acc), y[t].to(acc), h_prev[t].to(acc),
+            None if cells is None else cells[t], c_prev,
+        )  # fmt: skip
+        dh_t = dh if dy is None else dh + dy[t].to(acc)
+        da_t, db_t, around, dc_prev = cell.backward(dh_t if w_hr is None else dh_t @ w_hr, dc, step)
+        dh_prev = db_t @ w_hh
+        if around is not None:
+            dh_prev = dh_prev + around
+        if valid is not None:
+            da_t, db_t, dh_t = (torch.where(valid[t], d, 0) for d in (da_t, db_t, dh_t))
+            dh_prev = torch.where(valid[t], dh_prev, dh)
+            dc_prev = None if dc_prev is None or dc is None else torch.where(valid[t], dc_prev, dc)
+        da[t], db[t], dh_out[t], dh, dc = da_t, db_t, dh_t, dh_prev, dc_prev
+    return da, db, dh_out, dh, dc
+
+
+def layer_gradients(
+    da: Tensor,
+    db: Tensor | None,
+    dh_out: Tensor | None,
+    x: Tensor,
+    h_prev: Tensor,
+    gates: Tensor | None,
+    cells: Tensor | None,
+    w: LayerWeights,
+    lengths: Tensor | None,
+) -> list[Tensor]:
+    """Weight gradients of one direction: GEMMs over all steps at once, after the scan.
+
+    Args:
+        da, db: [T, B, GH], gradients of a and b, zero at invalid steps; db is None where it is da. The
+            GEMMs run in their dtype.
+        dh_out: [T, B, R], the whole gradient of h_t; it, gates and cells are read with a projection only.
+        h_prev: [T, B, R] of `previous_states`. The rest as in `recurrent_layer_backward`.
+
+    Returns:
+        dw_ih, dw_hh, then with biases the gradient of both where db is None, else of b_ih and of b_hh,
+        and with a projection dw_hr.
+    """
+    dtype, acc = x.dtype, da.dtype
+    da_t = da.flatten(0, 1).t()
+    db_t = da_t if db is None else db.flatten(0, 1).t()
+    gradients = [
+        da_t @ zero_invalid(x, lengths).to(acc).flatten(0, 1),
+        db_t @ h_prev.to(acc).flatten(0, 1),
+    ]
+    if w.b_ih is not None:
+        gradients += [d.sum(1) for d in ((da_t,) if db is None else (da_t, db_t))]
+    if w.w_hr is not None:
+        assert dh_out is not None and gates is not None and cells is not None
+        o = gates[..., 3 * cells.shape[-1] :]
+        h_raw = (o.to(cells.dtype) * cells.tanh()).to(dtype).to(acc)
+        gradients.append(dh_out.flatten(0, 1).to(acc).t() @ h_raw.flatten(0, 1))
+    return [gradient.to(dtype) for gradient in gradients]

@@ -1,0 +1,111 @@
+"""A stack of recurrent layers of any cell: argument checks, choice of backend, dropout between layers.
+
+`functional.lstm`, `gru` and `rnn` say what the arguments mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rnnattn import autograd, backends
+from rnnattn.autocast import autocast_dtype, lowered
+from rnnattn.backends import Call
+from rnnattn.checks import check_recurrent, checked_lengths
+from rnnattn.reference import CELLS
+
+
+def run_stack(
+    mode: str,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """output, h_n and c_n (None for a cell without c); mode is a key of `reference.CELLS`."""
+    low = autocast_dtype(input)
+    if low is not None:
+        with torch.autocast(input.device.type, enabled=False):
+            return run_stack(
+                mode, lowered(input, low), lowered(h0, low), lowered(c0, low), [lowered(w, low) for w in weights],
+                has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths,
+            )  # fmt: skip
+    weights = list(weights)
+    x = input.transpose(0, 1) if batch_first else input
+    K = 2 if bidirectional else 1
+    check_recurrent(op_name(mode), CELLS[mode].blocks, x, h0, c0, weights, has_biases, num_layers, K)
+    lengths = checked_lengths(lengths, x.shape[1], x.shape[0], x.device)
+    backend, _ = backends.select(_call(mode, x, h0, c0, weights, num_layers, K, lengths is not None))
+    if backend == "torch":
+        y, h_n, c_n = backends.TORCH.recurrent(
+            mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, lengths
+        )
+    else:
+        y, h_n, c_n = _layers(mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, K, lengths, backend)
+    return y.transpose(0, 1) if batch_first else y, h_n, c_n
+
+
+def _layers(
+    mode: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    K: int,
+    lengths: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    direction = "bidirectional" if K == 2 else "forward"
+    per_layer = len(weights) // num_layers
+    h_n: list[Tensor] = []
+    c_n: list[Tensor] = []
+    for layer in range(num_layers):
+        if layer > 0 and dropout > 0 and training:
+            x = F.dropout(x, dropout)
+        states = slice(layer * K, (layer + 1) * K)
+        x, h, c = autograd.recurrent_layer(
+            x, h0[states], None if c0 is None else c0[states], weights[layer * per_layer : (layer + 1) * per_layer],
+            lengths, has_biases, direction, mode, backend,
+        )  # fmt: skip
+        h_n.append(h)
+        if c is not None:
+            c_n.append(c)
+    if num_layers == 1:
+        return x, h_n[0], c_n[0] if c_n else None
+    return x, torch.cat(h_n), torch.cat(c_n) if c_n else None
+
+
+def op_name(mode: str) -> str:
+    """The function that users call: lstm, gru or rnn."""
+    return mode.split("_")[0].lower()
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _call(
+    mode: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor], num_layers: int, K: int, ragged: bool
+) -> Call:
+    """What `backends.select` needs to know; x is [T, B, I]."""
+    T, B, I = x.shape
+    R = h0.shape[-1]
+    H = R if c0 is None else c0.shape[-1]
+    return Call(
+        op_name(mode), x.device.type, x.dtype, B, T, I, H, num_layers, K, R if R != H else 0, ragged,
+        wants_grad(x, h0, c0, *weights), torch.compiler.is_compiling(),
+    )  # fmt: skip
