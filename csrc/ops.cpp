@@ -13,6 +13,12 @@ TORCH_LIBRARY(rnnattn_native, m) {
       "Tensor[] weights, Tensor? lengths, Tensor y, Tensor gates, Tensor cells, bool has_biases, str direction, "
       "str mode, bool needs_dx, bool needs_dweights) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
   m.def(
+      "prepare_weights(Tensor[] weights, bool has_biases, int layers, bool bidirectional, str mode, str precision) "
+      "-> Tensor[]");
+  m.def(
+      "prepared_forward(Tensor x, Tensor h0, Tensor? c0, Tensor? lengths, Tensor[] prepared, bool bidirectional, "
+      "str mode, int hidden_size) -> (Tensor y, Tensor h_n, Tensor c_n)");
+  m.def(
       "attention_pool_forward(Tensor x, Tensor v, Tensor? w, Tensor? b, Tensor? lengths, Tensor? mask, "
       "bool need_weights) -> (Tensor pooled, Tensor weights, Tensor lse)");
   m.def(

@@ -15,6 +15,9 @@ enum class Mode { kLstm, kGru, kTanh, kRelu };
 // How x, y, the gates and their gradients are held in memory: as F, or rounded to 16 bits.
 enum class Stored { kFull, kBFloat16, kHalf };
 
+// How packed weights are held: as F, rounded to bfloat16, or as int8 with a scale for each column.
+enum class Panel { kFull, kBFloat16, kInt8 };
+
 // Columns of the pre-activations' gradients, those of the input product first: LSTM i, f, g, o;
 // GRU n, r, z, q, of which the hidden product has r, z, q (q = W_hn h + b_hn); RNN its only one.
 // static: an inline function compiled for AVX-512 must not be the one that the linker keeps for all.
@@ -61,6 +64,7 @@ struct Packing {
   int64_t K, width;     // width: units, or columns
   int64_t gates;        // column of a unit's gate g: g * width + unit
   int64_t units;        // vectors of units in a block, each with its gates
+  Panel panel = Panel::kFull;  // how the panels hold it; int8: w has whole numbers from -127 to 127
 };
 
 template <typename F>
@@ -73,8 +77,11 @@ struct ForwardScan {
   const void* x;        // stored [T, B, I] with the strides below, elements of a step contiguous
   int64_t x_step, x_row;
   Packing<F> unpacked_ih, unpacked_hh;
-  const F* w_ih;        // panels, K = I, or null: the product takes the matrices unpacked
-  const F* w_hh;        // panels, K = R, or null
+  Panel panel;          // what w_ih and w_hh hold
+  const void* w_ih;     // panels, K = I, or null: the product takes the matrices unpacked
+  const void* w_hh;     // panels, K = R, or null
+  const F* scale_ih;    // int8: [blocks][vectors][lanes], else null
+  const F* scale_hh;
   const F* bias;        // [blocks][vectors][lanes], added to the input product, or null
   const F* bias_q;      // GRU: b_hn [H], or null
   const F* w_hr;        // panels, K = H, or null without projection
@@ -96,7 +103,8 @@ struct BackwardScan {
   int64_t T, B, H, R;
   Rows rows;
   Barrier* barrier;
-  const F* w_hh;      // panels of R columns, K = hidden gates * H
+  Panel panel;        // what w_hh holds
+  const void* w_hh;   // panels of R columns, K = hidden gates * H
   const F* w_hr;      // panels of H columns, K = R, or null without projection
   const void* dy;     // stored [T, B, R], strides below, or null
   int64_t dy_step, dy_row;

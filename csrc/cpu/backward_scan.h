@@ -11,8 +11,10 @@ namespace {
 
 using rnnattn::BackwardScan;
 using rnnattn::Member;
+using rnnattn::Panel;
 
-template <typename Cell, typename F>
+// W is what the panels of w_hh hold.
+template <typename Cell, typename F, typename W>
 class Backward {
   static constexpr int V = kWide;
   static constexpr int64_t L = kLanes<F>, kBlock = V * L;
@@ -83,12 +85,12 @@ class Backward {
   void state_gradients(int64_t block, int64_t next, int64_t later, int64_t end, const Body& body) {
     const int64_t K = weight_gates(p.mode) * p.H;
     const auto given = [&](int64_t i, int64_t column, int64_t n) { return load(p.dh + p.rows.row[i] * p.R + column, n); };
-    for_products<V, F>({d_rows, K, p.w_hh + block * K * kBlock, p.w_hh + next * K * kBlock}, 0, later,
-                       [&](int64_t first, int64_t rows, const F* sums) {
-                         for_vectors(sums, block, first, rows, p.R, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
-                           body(i, column, n, Cell::kCarry ? dh + given(i, column, n) : dh);
-                         });
-                       });
+    const auto panel = [&](int64_t n) { return static_cast<const typename W::Word*>(p.w_hh) + n * words<W>(K) * kBlock; };
+    for_products<V, F, W>({d_rows, K, panel(block), panel(next)}, 0, later, [&](int64_t first, int64_t rows, const F* sums) {
+      for_vectors(sums, block, first, rows, p.R, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
+        body(i, column, n, Cell::kCarry ? dh + given(i, column, n) : dh);
+      });
+    });
     for (int64_t i = later; i < end; ++i)
       for (int64_t v = 0; v < V; ++v) {
         const int64_t column = (block * V + v) * L, left = p.R - column, n = left < L ? left : L;
@@ -114,7 +116,7 @@ class Backward {
   }
 
   void units_projected(int64_t block, int64_t next, int64_t step, int64_t running) {
-    for_products<V, F>({dh_rows, p.R, p.w_hr + block * p.R * kBlock, p.w_hr + next * p.R * kBlock}, 0, running,
+    for_products<V, F, Full<F>>({dh_rows, p.R, p.w_hr + block * p.R * kBlock, p.w_hr + next * p.R * kBlock}, 0, running,
                        [&](int64_t first, int64_t rows, const F* sums) {
                          for_vectors(sums, block, first, rows, p.H, [&](int64_t i, int64_t unit, int64_t n, Vec<F> dh) {
                            cell(i, step, unit, n, dh);
@@ -143,7 +145,12 @@ class Backward {
 
 template <typename F>
 void backward_scan(const BackwardScan<F>& scan, const Member<F>& member) {
-  with_cell(scan.mode, [&](auto cell) { Backward<decltype(cell), F>(scan, member).run(); });
+  with_cell(scan.mode, [&](auto cell) {
+    using Cell = decltype(cell);
+    if constexpr (sizeof(F) == sizeof(float))
+      if (scan.panel == Panel::kBFloat16) return Backward<Cell, F, PairsOfBFloat16>(scan, member).run();
+    Backward<Cell, F, Full<F>>(scan, member).run();
+  });
 }
 
 }  // namespace

@@ -12,11 +12,14 @@ namespace {
 
 using rnnattn::ForwardScan;
 using rnnattn::Member;
+using rnnattn::Panel;
 
-template <typename Cell, typename F>
+// W is what the panels of w_ih and w_hh hold.
+template <typename Cell, typename F, typename W>
 class Forward {
   static constexpr int V = Cell::kGates * Cell::kUnits;
   static constexpr int64_t L = kLanes<F>, kBlock = V * L;
+  using Word = typename W::Word;
 
  public:
   Forward(const ForwardScan<F>& scan, const Member<F>& member)
@@ -43,7 +46,8 @@ class Forward {
           const auto put = [&](int64_t first, int64_t rows, const F* sums) {
             units(block, step, first, rows, gates_x + first * kBlock, sums);
           };
-          if (p.w_hh) for_products<V, F>({h_rows, p.R, w_hh(block), ahead ? w_hh(next) : w_ih(next)}, 0, running, put);
+          if (p.w_hh)
+            for_products<V, F, W>({h_rows, p.R, w_hh(block), ahead ? w_hh(next) : w_ih(next), scale(p.scale_hh, block)}, 0, running, put);
           else for_unpacked(block, running, put);
         }
         if (p.w_hr) project(step, running);
@@ -72,12 +76,13 @@ class Forward {
     return count;
   }
 
-  const F* w_ih(int64_t block) const { return p.w_ih + block * p.I * kBlock; }
-  const F* w_hh(int64_t block) const { return p.w_hh + block * p.R * kBlock; }
+  const Word* w_ih(int64_t block) const { return static_cast<const Word*>(p.w_ih) + block * words<W>(p.I) * kBlock; }
+  const Word* w_hh(int64_t block) const { return static_cast<const Word*>(p.w_hh) + block * words<W>(p.R) * kBlock; }
+  static const F* scale(const F* scales, int64_t block) { return scales ? scales + block * kBlock : nullptr; }
 
-  void input_product(int64_t block, int64_t n, const F* ahead, F* out) {
+  void input_product(int64_t block, int64_t n, const Word* ahead, F* out) {
     const F* bias = p.bias ? p.bias + block * kBlock : nullptr;
-    if (p.w_ih) multiply<V, F>({x_rows, p.I, w_ih(block), ahead}, 0, n, bias, out);
+    if (p.w_ih) multiply<V, F, W>({x_rows, p.I, w_ih(block), ahead, scale(p.scale_ih, block)}, 0, n, bias, out);
     else multiply_unpacked(p.unpacked_ih, block, x_rows, n, bias, out);
   }
 
@@ -133,7 +138,7 @@ class Forward {
     for (int64_t i = 0; i < running; ++i) raw_rows[i] = p.h_raw + p.rows.row[i] * p.H;
     for (int64_t block = m.first_projected; block < m.last_projected; ++block) {
       const F* panel = p.w_hr + block * p.H * P * L;
-      for_products<P, F>({raw_rows, p.H, panel, panel}, 0, running, [&](int64_t first, int64_t rows, const F* sums) {
+      for_products<P, F, Full<F>>({raw_rows, p.H, panel, panel}, 0, running, [&](int64_t first, int64_t rows, const F* sums) {
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t v = 0; v < P; ++v) {
             const int64_t unit = (block * P + v) * L, left = p.R - unit;
@@ -150,7 +155,14 @@ class Forward {
 
 template <typename F>
 void forward_scan(const ForwardScan<F>& scan, const Member<F>& member) {
-  with_cell(scan.mode, [&](auto cell) { Forward<decltype(cell), F>(scan, member).run(); });
+  with_cell(scan.mode, [&](auto cell) {
+    using Cell = decltype(cell);
+    if constexpr (sizeof(F) == sizeof(float)) {
+      if (scan.panel == Panel::kBFloat16) return Forward<Cell, F, PairsOfBFloat16>(scan, member).run();
+      if (scan.panel == Panel::kInt8) return Forward<Cell, F, FoursOfInt8>(scan, member).run();
+    }
+    Forward<Cell, F, Full<F>>(scan, member).run();
+  });
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ template <typename F>
 struct Kernels {
   int64_t lanes;         // of a vector
   int64_t wide_vectors;  // of a panel that has plain columns
-  void (*pack_panel)(const Packing<F>&, int64_t block, F* out);
+  void (*pack_panel)(const Packing<F>&, int64_t block, void* panels);
   void (*forward_scan)(const ForwardScan<F>&, const Member<F>&);
   void (*backward_scan)(const BackwardScan<F>&, const Member<F>&);
   void (*pool_dot)(const PoolTile<F>&, const F* v, F* s);

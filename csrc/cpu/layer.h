@@ -65,46 +65,64 @@ template <typename F>
 struct PackedMatrix {
   Packing<F> packing;
   Tensor panels;
-  int64_t blocks, block_size;
+  int64_t blocks;
 
-  PackedMatrix(const Packing<F>& p, const at::TensorOptions& options, bool pack = true) : packing(p) {
-    const int64_t lanes = kernels<F>().lanes;
-    blocks = blocks_of(p.width, p.units, lanes);
-    block_size = p.K * p.gates * p.units * lanes;
-    if (pack) panels = at::empty({blocks * block_size}, options);
+  explicit PackedMatrix(const Packing<F>& p) : packing(p), blocks(blocks_of(p.width, p.units, kernels<F>().lanes)) {}
+
+  // Elements of the panels: of F, or words of 32 bits.
+  int64_t size() const {
+    const int64_t group = packing.panel == Panel::kInt8 ? 4 : packing.panel == Panel::kBFloat16 ? 2 : 1;
+    return blocks * packing.gates * packing.units * kernels<F>().lanes * ((packing.K + group - 1) / group);
   }
 
-  const F* data() const { return panels.defined() ? panels.const_data_ptr<F>() : nullptr; }
+  void allocate() {
+    panels = at::empty({size()}, packing.panel == Panel::kFull ? c10::CppTypeToScalarType<F>::value : at::kInt);
+  }
+
+  const void* data() const { return panels.defined() ? panels.const_data_ptr() : nullptr; }
 
   void pack(int part, int parts) const {
-    if (!panels.defined()) return;
     for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block)
-      kernels<F>().pack_panel(packing, block, panels.data_ptr<F>() + block * block_size);
+      kernels<F>().pack_panel(packing, block, panels.data_ptr());
   }
 };
+
+// Whether weights given in bfloat16 stay so: what few rows wait for is memory, and half of it passes sooner;
+// for many rows the bits would be shifted into floats again and again.
+inline bool keeps_bfloat16(at::ScalarType dtype, double rows) { return dtype == at::kBFloat16 && rows <= 4; }
 
 // Columns of w [K, width], or of its transpose, four vectors to a panel.
 template <typename F>
 PackedMatrix<F> packed_columns(const Tensor& w, bool transposed) {
   const int64_t K = w.size(transposed), width = w.size(!transposed), row = w.size(1);
-  return {{w.const_data_ptr<F>(), transposed ? 1 : row, transposed ? row : 1, K, width, 1, kernels<F>().wide_vectors}, w.options()};
+  return PackedMatrix<F>({w.const_data_ptr<F>(), transposed ? 1 : row, transposed ? row : 1, K, width, 1, kernels<F>().wide_vectors});
 }
 
-// Packs the matrices and runs scan(index of direction, group, member's threads ...) for all directions and groups.
-// scan(k, group, member, thread, barrier) is called once for each member of each group.
-template <typename F, typename Scan>
-void run_layer(const Plan& plan, int directions, const std::vector<PackedMatrix<F>>& matrices, const Scan& scan) {
+// Memory of one thread: numbers and pointers.
+struct ScratchSize {
+  int64_t numbers, pointers;
+};
+
+// Packs the matrices, then calls scan(direction, group, member, members, barrier, numbers, pointers)
+// once for each member of each direction's groups; scratch(members) tells the memory it wants.
+template <typename F, typename Size, typename Scan>
+void run_layer(const Plan& plan, int directions, const std::vector<const PackedMatrix<F>*>& to_pack, const Size& scratch,
+               const Scan& scan) {
   const int scans = directions * plan.groups;
   const auto run = [&](int teams, int members) {
     const int threads = teams * members;
+    const ScratchSize size = scratch(members);  // all memory comes first: nothing may throw in the region
+    const Tensor numbers = at::empty({threads * size.numbers}, c10::CppTypeToScalarType<F>::value);
+    std::vector<const F*> pointers(threads * size.pointers);
     Barrier all(threads);
     std::vector<std::unique_ptr<Barrier>> barriers;
     for (int n = 0; n < scans; ++n) barriers.push_back(members > 1 ? std::make_unique<Barrier>(members) : nullptr);
     return run_team(threads, [&](int thread) {
-      for (const auto& matrix : matrices) matrix.pack(thread, threads);
-      if (threads > 1) all.wait(thread);
+      for (const auto* matrix : to_pack) matrix->pack(thread, threads);
+      if (threads > 1 && !to_pack.empty()) all.wait(thread);
       for (int n = thread / members; n < scans; n += teams)
-        scan(n / plan.groups, n % plan.groups, thread % members, members, thread, barriers[n].get());
+        scan(n / plan.groups, n % plan.groups, thread % members, members, barriers[n].get(),
+             numbers.data_ptr<F>() + thread * size.numbers, pointers.data() + thread * size.pointers);
     });
   };
   if (!run(plan.teams, plan.members)) run(1, 1);

@@ -2,12 +2,12 @@
 // packing, the product with weights as they are.
 #pragma once
 
-#include "../recurrent.h"
-#include "vec.h"
+#include "product_kernel.h"
 
 namespace {
 
 using rnnattn::Packing;
+using rnnattn::Panel;
 
 #if defined(__clang__)
 template <int D, typename F>
@@ -44,27 +44,52 @@ inline int64_t lanes_left(int64_t width, int64_t from) {
   return left < 0 ? 0 : left < kLanes<F> ? left : kLanes<F>;
 }
 
-// One panel of a matrix.
-template <typename F>
-void pack_panel(const Packing<F>& p, int64_t block, F* out) {
+// depth rows of a panel from k on, v the vector's place in a row of V.
+template <typename W, typename F>
+inline void store_weights(const Vec<F>* rows, int64_t depth, int64_t k, int64_t v, int64_t V, typename W::Word* panel) {
+  constexpr int64_t L = kLanes<F>;
+  for (int64_t j = 0; j < depth; j += W::kGroup) {
+    auto word = W::word(rows[j], 0);
+    if constexpr (W::kGroup > 1)
+      for (int64_t n = 1; n < W::kGroup && j + n < depth; ++n) word |= W::word(rows[j + n], n);
+    std::memcpy(panel + ((k + j) / W::kGroup * V + v) * L, &word, sizeof word);
+  }
+}
+
+template <typename W, typename F>
+void pack_panel_as(const Packing<F>& p, int64_t block, typename W::Word* panel) {
   constexpr int64_t L = kLanes<F>;
   const int64_t V = p.gates * p.units;
   for (int64_t v = 0; v < V; ++v) {
     const int64_t unit = (block * p.units + v / p.gates) * L, n = lanes_left<F>(p.width, unit);
     const F* w = p.w + (v % p.gates * p.width + unit) * p.column_stride;
-    F* to = out + v * L;
-    if (p.column_stride == 1) {
-      for (int64_t k = 0; k < p.K; ++k) store<F>(to + k * V * L, n ? load(w + k * p.k_stride, n) : Vec<F>{});
-      continue;
-    }
     for (int64_t k = 0; k < p.K; k += L) {
       const int64_t depth = lanes_left<F>(p.K, k);
-      Vec<F> tile[L];
-      for (int64_t l = 0; l < L; ++l) tile[l] = l < n ? load(w + l * p.column_stride + k, depth) : Vec<F>{};
-      transpose<F>(tile);
-      for (int64_t j = 0; j < depth; ++j) store<F>(to + (k + j) * V * L, tile[j]);
+      Vec<F> rows[L];
+      if (p.column_stride == 1) {
+        for (int64_t j = 0; j < depth; ++j) rows[j] = n ? load(w + (k + j) * p.k_stride, n) : Vec<F>{};
+      } else {
+        for (int64_t l = 0; l < L; ++l) rows[l] = l < n ? load(w + l * p.column_stride + k, depth) : Vec<F>{};
+        transpose<F>(rows);
+      }
+      store_weights<W, F>(rows, depth, k, v, V, panel);
     }
   }
+}
+
+// One panel of a matrix.
+template <typename F>
+void pack_panel(const Packing<F>& p, int64_t block, void* panels) {
+  const int64_t columns = p.gates * p.units * kLanes<F>;
+  const auto pack_as = [&](auto held) {
+    using W = decltype(held);
+    pack_panel_as<W, F>(p, block, static_cast<typename W::Word*>(panels) + block * words<W>(p.K) * columns);
+  };
+  if constexpr (sizeof(F) == sizeof(float)) {
+    if (p.panel == Panel::kBFloat16) return pack_as(PairsOfBFloat16{});
+    if (p.panel == Panel::kInt8) return pack_as(FoursOfInt8{});
+  }
+  pack_as(Full<F>{});
 }
 
 // out[i] = init + a[i] w for n rows, w [gates * width, K] as torch holds it, out [rows][vectors][lanes]
@@ -75,6 +100,7 @@ void multiply_unpacked(const Packing<F>& p, int64_t block, const F* const* rows,
   const int64_t V = p.gates * p.units;
   for (int64_t v = 0; v < V; ++v) {
     const int64_t unit = (block * p.units + v / p.gates) * L, units = lanes_left<F>(p.width, unit);
+    if (units == 0) continue;
     const F* w = p.w + (v % p.gates * p.width + unit) * p.column_stride;
     for (int64_t i = 0; i < n; ++i) {
       Vec<F> sums[L] = {};

@@ -16,6 +16,7 @@ constexpr double kNearBytes = 48;          // it reads per cycle from its own ca
 constexpr double kFarBytes = 8;            // and from the shared one
 constexpr double kMeeting = 1000;          // cycles of a barrier
 constexpr double kVectorOfUnits = 150;     // cycles of the cell on one vector
+constexpr double kStart = 10000;           // cycles until threads have begun
 
 int64_t parts(int64_t n, int64_t of) { return (n + of - 1) / of; }
 
@@ -49,7 +50,8 @@ Plan plan_layer(const LayerShape& s, int threads) {
   for (int members = 1; members <= std::min<int64_t>(threads, blocks); ++members)
     for (int groups = 1; groups <= std::min<int64_t>(threads / members, std::max<int64_t>(1, s.B)); ++groups) {
       const int teams = std::min(threads / members, groups * s.directions);
-      const double cycles = step_cycles(s, groups, members) * parts(groups * s.directions, teams);
+      const double cycles = step_cycles(s, groups, members) * double(s.T) * double(parts(groups * s.directions, teams)) +
+                            (teams * members > 1 ? kStart : 0);
       if (cycles < least) least = cycles, best = {groups, members, teams};
     }
   return best;

@@ -10,7 +10,7 @@ namespace rnnattn {
 
 struct LayerShape {
   Mode mode;
-  int64_t B, I, H, R;
+  int64_t T, B, I, H, R;
   int directions;
   double mean_rows;      // rows running at a step, over the steps of the longest
   int64_t element;       // bytes of the accumulation type

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../recurrent.h"
-#include "vec.h"
+#include "stored.h"
 
 namespace {
 
@@ -18,91 +18,138 @@ constexpr int kWide = 4;  // vectors of a panel that has plain columns
 // Rows of a tile: as many sums as registers hold beside a row of the panel and one element of a.
 template <int V> constexpr int kRows = V == 3 ? kRegisters / 4 : (kRegisters - V - 2) / V;
 
+// What a panel holds: F itself, or words of 32 bits with the weights of a column for several
+// consecutive k, of which shifts make floats.
+template <typename F>
+struct Full {
+  using Word = F;
+  static constexpr int kGroup = 1;
+  static Vec<F> weights(const F* w, int) { return load(w); }
+  static Vec<F> word(Vec<F> v, int) { return v; }
+};
+
+struct PairsOfBFloat16 {
+  using Word = int32_t;
+  static constexpr int kGroup = 2;
+  static FloatVec weights(const int32_t* w, int j) {
+    IntVec word;
+    std::memcpy(&word, w, sizeof word);
+    return from_bits(j ? word & -65536 : word << 16);
+  }
+  static IntVec word(FloatVec v, int j) { return to_bfloat16(v) << (16 * j); }
+};
+
+struct FoursOfInt8 {
+  using Word = int32_t;
+  static constexpr int kGroup = 4;
+  static FloatVec weights(const int32_t* w, int j) {
+    IntVec word;
+    std::memcpy(&word, w, sizeof word);
+    return __builtin_convertvector((word << (24 - 8 * j)) >> 24, FloatVec);
+  }
+  static IntVec word(FloatVec v, int j) { return (__builtin_convertvector(v, IntVec) & 255) << (8 * j); }
+};
+
+template <typename W>
+constexpr int64_t words(int64_t K) { return (K + W::kGroup - 1) / W::kGroup; }
+
 // Rows times a panel, of which part after part of kDepth steps of k is multiplied with all rows: it
 // stays in the core's own cache for them. ahead is the panel to come after this one: each tile fetches
 // some cache lines of the part to come, or the first tile on it would wait for the shared cache.
-template <typename F>
+template <typename F, typename W>
 struct Product {
+  using Word = typename W::Word;
   const F* const* rows;
   int64_t K;
-  const F* w;
-  const F* ahead;
+  const Word* w;
+  const Word* ahead;
+  const F* scale = nullptr;  // [V][lanes], what sums of int8 weights are multiplied by
 };
 
 constexpr int64_t kDepth = 512;
 
 // out[r] = init[r] + a[r] w for R rows; init may be null for zero, init_stride 0 for the same in every row.
-template <int R, int V, typename F>
-[[gnu::noinline]] void product_tile(const F* const* rows, int64_t k, int64_t end, const F* w, const F* ahead,
-                                    const F* init, int64_t init_stride, F* out) {
+template <int R, int V, typename F, typename W>
+[[gnu::noinline]] void product_tile(const F* const* rows, int64_t k, int64_t end, const typename W::Word* w,
+                                    const typename W::Word* ahead, const F* init, int64_t init_stride, F* out) {
   constexpr int64_t L = kLanes<F>;
+  constexpr int kSets = R * V < 8 ? 2 : 1;  // of sums: eight of them hide the latency of the multiply-add
+  constexpr int kStep = W::kGroup > kSets ? W::kGroup : kSets;
   const F* a[R];
-  Vec<F> sums[R][V];
+  Vec<F> sums[kSets][R][V];
   RNNATTN_UNROLL for (int r = 0; r < R; ++r) {
     a[r] = rows[r];
-    RNNATTN_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = init ? load(init + r * init_stride + v * L) : Vec<F>{};
-  }
-  if constexpr (R * V < 8) {  // twice as many sums, to hide the latency of the multiply-add
-    Vec<F> odd[R][V];
-    RNNATTN_UNROLL for (int r = 0; r < R; ++r)
-      RNNATTN_UNROLL for (int v = 0; v < V; ++v) odd[r][v] = Vec<F>{};
-    for (; k + 2 <= end; k += 2, w += 2 * V * L)
-      RNNATTN_UNROLL for (int r = 0; r < R; ++r)
-        RNNATTN_UNROLL for (int v = 0; v < V; ++v) {
-          sums[r][v] += splat(a[r][k]) * load(w + v * L);
-          odd[r][v] += splat(a[r][k + 1]) * load(w + (V + v) * L);
-        }
-    RNNATTN_UNROLL for (int r = 0; r < R; ++r)
-      RNNATTN_UNROLL for (int v = 0; v < V; ++v) sums[r][v] += odd[r][v];
-  }
-  for (; k < end; ++k, w += V * L, ahead += 64 / sizeof(F)) {
-    __builtin_prefetch(ahead, 0, 2);
-    Vec<F> column[V];
-    RNNATTN_UNROLL for (int v = 0; v < V; ++v) column[v] = load(w + v * L);
-    RNNATTN_UNROLL for (int r = 0; r < R; ++r) {
-      const Vec<F> element = splat(a[r][k]);
-      RNNATTN_UNROLL for (int v = 0; v < V; ++v) sums[r][v] += element * column[v];
+    RNNATTN_UNROLL for (int v = 0; v < V; ++v) {
+      sums[0][r][v] = init ? load(init + r * init_stride + v * L) : Vec<F>{};
+      if (kSets == 2) sums[1][r][v] = Vec<F>{};
     }
   }
+  for (; k + kStep <= end; k += kStep, w += kStep / W::kGroup * V * L) {
+    // Sums of one row wait for nothing but memory, which the hardware foresees.
+    if (R > 1) __builtin_prefetch(ahead, 0, 2), ahead += 64 / sizeof *ahead;
+    RNNATTN_UNROLL for (int j = 0; j < kStep; ++j) {
+      Vec<F> column[V];
+      RNNATTN_UNROLL for (int v = 0; v < V; ++v)
+        column[v] = W::weights(w + (j / W::kGroup * V + v) * L, j % W::kGroup);
+      RNNATTN_UNROLL for (int r = 0; r < R; ++r) {
+        const Vec<F> element = splat(a[r][k + j]);
+        RNNATTN_UNROLL for (int v = 0; v < V; ++v) sums[j % kSets][r][v] += element * column[v];
+      }
+    }
+  }
+  for (int j = 0; k < end; ++k, ++j)
+    RNNATTN_UNROLL for (int v = 0; v < V; ++v) {
+      const Vec<F> column = W::weights(w + (j / W::kGroup * V + v) * L, j % W::kGroup);
+      RNNATTN_UNROLL for (int r = 0; r < R; ++r) sums[0][r][v] += splat(a[r][k]) * column;
+    }
   RNNATTN_UNROLL for (int r = 0; r < R; ++r)
-    RNNATTN_UNROLL for (int v = 0; v < V; ++v) store<F>(out + (r * V + v) * L, sums[r][v]);
+    RNNATTN_UNROLL for (int v = 0; v < V; ++v)
+      store<F>(out + (r * V + v) * L, kSets == 2 ? sums[0][r][v] + sums[kSets - 1][r][v] : sums[0][r][v]);
 }
 
-template <int V, typename F, int R = kRows<V>, typename... Arguments>
+template <int V, typename F, typename W, int R = kRows<V>, typename... Arguments>
 inline void product_of(int64_t rows, Arguments... arguments) {
   if constexpr (R > 1)
-    if (rows < R) return product_of<V, F, R - 1>(rows, arguments...);
-  product_tile<R, V, F>(arguments...);
+    if (rows < R) return product_of<V, F, W, R - 1>(rows, arguments...);
+  product_tile<R, V, F, W>(arguments...);
 }
 
 // out[i - begin] = init + a[i] w for the rows [begin, end), out [rows][V][lanes]; init [V][lanes], or null for zero.
-template <int V, typename F>
-inline void multiply(const Product<F>& p, int64_t begin, int64_t end, const F* init, F* out) {
+template <int V, typename F, typename W>
+inline void multiply(const Product<F, W>& p, int64_t begin, int64_t end, const F* init, F* out) {
   constexpr int64_t kBlock = V * kLanes<F>;
   const int64_t n = end - begin, tiles = (n + kRows<V> - 1) / kRows<V>;
+  const F* given = p.scale ? nullptr : init;
   int64_t k = 0;
   do {
     const int64_t until = k + kDepth < p.K ? k + kDepth : p.K;
-    const F *part = p.w + k * kBlock, *next = until < p.K ? p.w + until * kBlock : p.ahead;
+    const auto* part = p.w + words<W>(k) * kBlock;
+    const auto* next = until < p.K ? p.w + words<W>(until) * kBlock : p.ahead;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = n * tile / tiles, rows = n * (tile + 1) / tiles - first;
       F* to = out + first * kBlock;
       // V tiles have fetched the whole part.
-      const F* ahead = tile < V ? next + tile * (until - k) * (64 / sizeof(F)) : part;
-      product_of<V, F>(rows, p.rows + begin + first, k, until, part, ahead, k ? to : init, k ? kBlock : 0, to);
+      const auto* ahead = tile < V ? next + tile * words<W>(until - k) * (64 / sizeof *next) : part;
+      product_of<V, F, W>(rows, p.rows + begin + first, k, until, part, ahead, k ? to : given, k ? kBlock : 0, to);
     }
     k = until;
   } while (k < p.K);
+  if (!p.scale) return;
+  for (int64_t i = 0; i < n * V; ++i) {
+    const int64_t at = i * kLanes<F>, column = at % kBlock;
+    const Vec<F> sum = load(out + at) * load(p.scale + column);
+    store<F>(out + at, init ? sum + load(init + column) : sum);
+  }
 }
 
 // The sums of the rows [begin, end), some rows at a time: body(first row, rows, sums [rows][V][lanes]).
-template <int V, typename F, typename Body>
-inline void for_products(const Product<F>& p, int64_t begin, int64_t end, const Body& body) {
+template <int V, typename F, typename W, typename Body>
+inline void for_products(const Product<F, W>& p, int64_t begin, int64_t end, const Body& body) {
   constexpr int64_t kTogether = 8 * kRows<V>;
   for (int64_t first = begin; first < end; first += kTogether) {
     alignas(64) F sums[kTogether * V * kLanes<F>];
     const int64_t last = first + kTogether < end ? first + kTogether : end;
-    multiply<V>(p, first, last, static_cast<const F*>(nullptr), sums);
+    multiply<V, F, W>(p, first, last, nullptr, sums);
     body(first, last - first, static_cast<const F*>(sums));
   }
 }

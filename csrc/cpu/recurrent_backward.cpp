@@ -82,29 +82,34 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   std::vector<PackedMatrix<F>> matrices;  // per direction: w_hh, (w_hr)
   for (const auto& w : parts) {
     matrices.push_back(packed_columns<F>(w.w_hh, false));
+    if (keeps_bfloat16(dtype, mean_rows(lengths, T, B))) matrices.back().packing.panel = Panel::kBFloat16;
     if (projected) matrices.push_back(packed_columns<F>(w.w_hr, false));
   }
+  std::vector<const PackedMatrix<F>*> to_pack;
+  for (auto& matrix : matrices) matrix.allocate(), to_pack.push_back(&matrix);
   const size_t each = matrices.size() / K;
   const int64_t lanes = kernels<F>().lanes, blocks = blocks_of(H, kernels<F>().wide_vectors, lanes);
   const int64_t projected_blocks = projected ? matrices[0].blocks : 0;
 
   const Plan plan =
-      plan_layer({mode, B, I, H, R, static_cast<int>(K), mean_rows(lengths, T, B), sizeof(F), lanes, true}, team_size());
+      plan_layer({mode, T, B, I, H, R, static_cast<int>(K), mean_rows(lengths, T, B), sizeof(F), lanes, true}, team_size());
   const RowOrder order(lengths, T, B, plan.groups);
   const Tensor d_gates = in_huge_pages(at::empty({K, order.slots, columns * H}, full));
   const Tensor dh_out = projected ? in_huge_pages(at::empty({K, order.slots, R}, full)) : Tensor();
 
-  run_layer(plan, static_cast<int>(K), matrices, [&](int k, int group, int index, int members, int, Barrier* barrier) {
+  const auto scratch = [&](int) { return ScratchSize{0, 2 * ((B + plan.groups - 1) / plan.groups)}; };
+  run_layer<F>(plan, static_cast<int>(K), to_pack, scratch, [&](int k, int group, int index, int members, Barrier* barrier,
+                                                                F*, const F** pointers) {
     const auto share = [&](int64_t n, int m) { return n * m / members; };
-    std::vector<const F*> pointers(2 * ((B + plan.groups - 1) / plan.groups));
     const Member<F> member{index, share(blocks, index), share(blocks, index + 1), share(projected_blocks, index),
-                           share(projected_blocks, index + 1), nullptr, nullptr, pointers.data()};
+                           share(projected_blocks, index + 1), nullptr, nullptr, pointers};
     const auto at_bytes = [&](const Tensor& t, int64_t at) -> const void* {
       return t.numel() ? static_cast<const char*>(t.const_data_ptr()) + at * t.element_size() : nullptr;
     };
     const auto pointer = [&](const Tensor& t, int64_t stride) { return t.defined() && t.numel() ? t.data_ptr<F>() + k * stride : nullptr; };
     const BackwardScan<F> scan{mode, stored_as(dtype), T, B, H, R, order.group(group, reverses[k]), barrier,
-                               matrices[k * each].data(), projected ? matrices[k * each + 1].data() : nullptr,
+                               matrices[k * each].packing.panel, matrices[k * each].data(),
+                               projected ? static_cast<const F*>(matrices[k * each + 1].data()) : nullptr,
                                dy ? at_bytes(*dy, k * R) : nullptr, dy ? dy->stride(0) : 0, dy ? dy->stride(1) : 0,
                                at_bytes(y, k * R), K * R, at_bytes(gates, k * T * B * columns * H), pointer(cells, T * B * H),
                                pointer(h0_full, B * R), pointer(c0_full, B * H), pointer(dh, B * R), pointer(dc, B * H),

@@ -7,29 +7,14 @@
 #include <tuple>
 
 #include "../dispatch.h"
+#include "forward_weights.h"
 #include "huge_pages.h"
-#include "layer.h"
 #include "row_order.h"
 
 namespace rnnattn {
 namespace {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// [blocks][vectors][lanes]: what is added to the input product. GRU's b_hn is not, it stands inside r * q.
-template <typename F>
-Tensor input_bias(const DirectionWeights& w, Mode mode, int64_t H) {
-  Tensor bias = w.b_ih + w.b_hh;
-  if (mode == Mode::kGru) bias.narrow(0, 2 * H, H).copy_(w.b_ih.narrow(0, 2 * H, H));
-  const PackedMatrix<F> packed({bias.const_data_ptr<F>(), 0, 1, 1, H, weight_gates(mode), unit_vectors(mode)}, bias.options());
-  packed.pack(0, 1);
-  return packed.panels;
-}
-
-template <typename F>
-PackedMatrix<F> packed_gates(const Tensor& w, Mode mode, int64_t H, bool pack) {
-  return {{w.const_data_ptr<F>(), 1, w.size(1), w.size(1), H, weight_gates(mode), unit_vectors(mode)}, w.options(), pack};
-}
 
 constexpr int64_t kFewRows = 4;  // steps times rows that do not pay for packing the weights
 
@@ -39,106 +24,169 @@ int64_t chunk_steps(double rows, int64_t columns, int64_t element, int64_t T) {
   return std::clamp<int64_t>(static_cast<int64_t>(rows_at_once / std::max(1.0, rows)), 1, T);
 }
 
+char* bytes(const Tensor& t, int64_t index) { return static_cast<char*>(t.data_ptr()) + index * t.element_size(); }
+
+// What stands behind a row's length, and the last states.
 template <typename F>
-Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                const OptionalTensor& lengths, bool has_biases, std::string_view direction, Mode mode, bool save) {
-  const auto reverses = parse_direction(direction);
+void finish_rows(const RowOrder& order, const std::vector<bool>& reverses, const Tensor& y, const Tensor& h0, const Tensor& h_n,
+                 const Tensor& gates, const Tensor& cells, const Tensor& c0, const Tensor& c_n) {
+  const int64_t T = y.size(0), B = y.size(1), K = h0.size(0), R = h0.size(2), element = y.element_size();
+  for (int64_t k = 0; k < K; ++k)
+    order.for_rows([&](int64_t b, int64_t length, int64_t) {
+      const auto y_at = [&](int64_t t) { return bytes(y, ((t * B + b) * K + k) * R); };
+      const int64_t row = k * B + b;
+      std::memcpy(bytes(h_n, row * R), length ? y_at(reverses[k] ? 0 : length - 1) : bytes(h0, row * R), R * element);
+      for (int64_t t = length; t < T; ++t) {
+        std::memset(y_at(t), 0, R * element);
+        const int64_t at = (k * T + t) * B + b;
+        if (gates.numel()) std::memset(bytes(gates, at * gates.size(3)), 0, gates.size(3) * element);
+        if (!cells.numel()) continue;
+        const int64_t H = cells.size(3);
+        std::copy_n((reverses[k] ? c0 : c_n).template const_data_ptr<F>() + row * H, H, cells.template data_ptr<F>() + at * H);
+      }
+    });
+}
+
+template <typename F>
+Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c0, std::vector<ForwardWeights<F>> weights,
+                const OptionalTensor& lengths, const std::vector<bool>& reverses, Mode mode, bool save) {
   const auto acc = c10::CppTypeToScalarType<F>::value;
   const Stored stored = stored_as(x_given.scalar_type());
   const Tensor x = x_given.stride(2) == 1 || x_given.size(2) == 1 ? x_given : x_given.contiguous();
-  const int64_t T = x.size(0), B = x.size(1), I = x.size(2), K = h0.size(0), R = h0.size(2);
-  const int64_t gates = weight_gates(mode), columns = gate_columns(mode), H = weights[0].size(0) / gates;
-  const bool lstm = mode == Mode::kLstm, saves_gates = save && columns > 1;
+  const int64_t T = x.size(0), B = x.size(1), I = x.size(2), K = h0.size(0), R = h0.size(2), H = weights[0].ih.packing.width;
+  const int64_t columns = gate_columns(mode), lanes = kernels<F>().lanes;
+  const int64_t blocks = weights[0].ih.blocks, block = weight_gates(mode) * unit_vectors(mode) * lanes;
+  const bool lstm = mode == Mode::kLstm, saves_gates = save && columns > 1, projected = weights[0].hr.has_value();
   const auto options = x.options(), full = options.dtype(acc);
-  const auto none = [](const at::TensorOptions& o) { return at::empty({0}, o); };
+  const Tensor none = at::empty({0}, options), none_full = at::empty({0}, full);
 
-  const auto parts = split_weights(weights, has_biases, K, acc);
-  const bool projected = parts[0].w_hr.defined();
   const Tensor y = in_huge_pages(at::empty({T, B, K * R}, options));
-  const Tensor gates_out = saves_gates ? in_huge_pages(at::empty({K, T, B, columns * H}, options)) : none(options);
-  const Tensor cells = save && lstm ? in_huge_pages(at::empty({K, T, B, H}, full)) : none(full);
+  const Tensor gates = saves_gates ? in_huge_pages(at::empty({K, T, B, columns * H}, options)) : none;
+  const Tensor cells = save && lstm ? in_huge_pages(at::empty({K, T, B, H}, full)) : none_full;
   const Tensor h0_full = h0.to(acc).contiguous();
-  const Tensor c0_full = lstm ? c0->to(acc).contiguous() : none(full), c = c0_full.clone();
-  const Tensor h = stored == Stored::kFull ? Tensor() : at::empty({K, 2, B, R}, full);
-  const Tensor h_raw = projected ? at::empty({K, B, H}, full) : Tensor();
+  const Tensor c0_full = lstm ? c0->to(acc).contiguous() : none_full, c = c0_full.clone();
+  const Tensor h = stored == Stored::kFull ? none_full : at::empty({K, 2, B, R}, full);
+  const Tensor h_raw = projected ? at::empty({K, B, H}, full) : none_full;
 
-  const bool pack = T * B > kFewRows;
-  std::vector<PackedMatrix<F>> matrices;  // per direction: w_ih, w_hh, (w_hr)
-  std::vector<Tensor> biases;
-  for (const auto& w : parts) {
-    matrices.push_back(packed_gates<F>(w.w_ih, mode, H, pack));
-    matrices.push_back(packed_gates<F>(w.w_hh, mode, H, pack));
-    if (projected) matrices.push_back(packed_columns<F>(w.w_hr, true));
-    if (has_biases) biases.push_back(input_bias<F>(w, mode, H));
+  std::vector<const PackedMatrix<F>*> to_pack;
+  const auto pack = [&](PackedMatrix<F>& matrix) {
+    if (matrix.panels.defined()) return;
+    matrix.allocate();
+    to_pack.push_back(&matrix);
+  };
+  for (auto& w : weights) {
+    if (T * B > kFewRows) pack(w.ih), pack(w.hh);
+    if (w.hr) pack(*w.hr);
   }
-  const size_t each = matrices.size() / K;
-  const int64_t lanes = kernels<F>().lanes, blocks = matrices[0].blocks, block = gates * unit_vectors(mode) * lanes;
-  const int64_t projected_blocks = projected ? matrices[2].blocks : 0;
 
   const double rows = mean_rows(lengths, T, B);
-  const Plan plan = plan_layer({mode, B, I, H, R, static_cast<int>(K), rows, sizeof(F), lanes, false}, team_size());
+  const int directions = static_cast<int>(K);
+  const Plan plan = plan_layer({mode, T, B, I, H, R, directions, rows, sizeof(F), lanes, false}, team_size());
   const RowOrder order(lengths, T, B, plan.groups);
   const int64_t group_rows = (B + plan.groups - 1) / plan.groups;
 
-  run_layer(plan, static_cast<int>(K), matrices, [&](int k, int group, int index, int members, int, Barrier* barrier) {
+  const auto chunk_of = [&](int members) {
+    return chunk_steps(rows / plan.groups, (blocks + members - 1) / members * block, sizeof(F), T);
+  };
+  const auto gates_x = [&](int members) {  // numbers of the input products computed ahead
+    return (chunk_of(members) > 1 ? (blocks + members - 1) / members : 1) * chunk_of(members) * group_rows * block;
+  };
+  const auto scratch = [&](int members) {
+    const int64_t chunk_rows = chunk_of(members) * group_rows;
+    return ScratchSize{gates_x(members) + (stored == Stored::kFull ? 0 : chunk_rows * I), chunk_rows + 2 * group_rows};
+  };
+  run_layer<F>(plan, directions, to_pack, scratch, [&](int k, int group, int index, int members, Barrier* barrier, F* numbers,
+                                                       const F** pointers) {
+    const ForwardWeights<F>& w = weights[k];
     const auto share = [&](int64_t n, int m) { return n * m / members; };
-    const int64_t first = share(blocks, index), last = share(blocks, index + 1);
-    // All members of a group take the same steps at once, whatever their own share is.
-    const int64_t chunk = chunk_steps(rows / plan.groups, (blocks + members - 1) / members * block, sizeof(F), T);
-    const int64_t chunk_rows = chunk * group_rows;
-    const int64_t gates_x = (chunk > 1 ? last - first : 1) * chunk_rows * block, x_full = stored == Stored::kFull ? 0 : chunk_rows * I;
-    const auto memory = c10::GetAllocator(c10::kCPU)->allocate((gates_x + x_full) * sizeof(F));
-    F* scratch = static_cast<F*>(memory.get());
-    std::vector<const F*> pointers(chunk_rows + 2 * group_rows);
-    const Member<F> member{index, first, last, share(projected_blocks, index), share(projected_blocks, index + 1),
-                           scratch, scratch + gates_x, pointers.data()};
-    const auto pointer = [&](const Tensor& t, int64_t stride) { return t.defined() && t.numel() ? t.data_ptr<F>() + k * stride : nullptr; };
-    const auto at_bytes = [&](const Tensor& t, int64_t index) -> void* {
-      return t.numel() ? static_cast<char*>(t.data_ptr()) + index * t.element_size() : nullptr;
+    const int64_t projections = w.hr ? w.hr->blocks : 0;
+    const Member<F> member{index, share(blocks, index), share(blocks, index + 1), share(projections, index),
+                           share(projections, index + 1), numbers, numbers + gates_x(members), pointers};
+    // This direction's part of a tensor, or null.
+    const auto part = [&](const Tensor& t, int64_t stride) {
+      return t.defined() && t.numel() ? t.template data_ptr<F>() + k * stride : nullptr;
     };
-    const F* bias_q = mode == Mode::kGru && has_biases ? parts[k].b_hh.template const_data_ptr<F>() + 2 * H : nullptr;
+    const auto stored_part = [&](const Tensor& t, int64_t stride) -> void* { return t.numel() ? bytes(t, k * stride) : nullptr; };
     const ForwardScan<F> scan{mode, stored, T, B, I, H, R, order.group(group, reverses[k]), barrier,
-                              x.const_data_ptr(), x.stride(0), x.stride(1),
-                              matrices[k * each].packing, matrices[k * each + 1].packing, matrices[k * each].data(), matrices[k * each + 1].data(),
-                              has_biases ? biases[k].const_data_ptr<F>() : nullptr, bias_q,
-                              projected ? matrices[k * each + 2].data() : nullptr, h0_full.const_data_ptr<F>() + k * B * R,
-                              pointer(h, 2 * B * R), pointer(h_raw, B * H), pointer(c, B * H), at_bytes(y, k * R), K * R,
-                              at_bytes(gates_out, k * T * B * columns * H), pointer(cells, T * B * H), chunk};
+                              x.const_data_ptr(), x.stride(0), x.stride(1), w.ih.packing, w.hh.packing,
+                              w.ih.packing.panel, w.ih.data(), w.hh.data(), part(w.scale_ih, 0), part(w.scale_hh, 0), part(w.bias, 0),
+                              part(w.bias_q, 0), w.hr ? static_cast<const F*>(w.hr->data()) : nullptr, part(h0_full, B * R),
+                              part(h, 2 * B * R), part(h_raw, B * H), part(c, B * H), stored_part(y, R), K * R,
+                              stored_part(gates, T * B * columns * H), part(cells, T * B * H), chunk_of(members)};
     kernels<F>().forward_scan(scan, member);
   });
 
-  // The last states, and what stands behind a row's length.
   const Tensor h0_rows = h0.contiguous(), h_n = at::empty_like(h0_rows);
-  const auto bytes = [](const Tensor& t, int64_t index) { return static_cast<char*>(t.data_ptr()) + index * t.element_size(); };
-  const int64_t element = x.element_size();
-  for (int64_t k = 0; k < K; ++k)
-    order.for_rows([&](int64_t b, int64_t length, int64_t) {
-      const int64_t last = ((reverses[k] ? 0 : length - 1) * B + b) * K * R + k * R;
-      std::memcpy(bytes(h_n, (k * B + b) * R), length ? bytes(y, last) : bytes(h0_rows, (k * B + b) * R), R * element);
-      for (int64_t t = length; t < T; ++t) {
-        std::memset(bytes(y, (t * B + b) * K * R + k * R), 0, R * element);
-        const int64_t at = (k * T + t) * B + b;
-        if (saves_gates) std::memset(bytes(gates_out, at * columns * H), 0, columns * H * element);
-        if (save && lstm) {
-          const Tensor& carried = reverses[k] ? c0_full : c;
-          std::copy_n(carried.const_data_ptr<F>() + (k * B + b) * H, H, cells.data_ptr<F>() + at * H);
-        }
-      }
-    });
-  return {y, h_n, lstm ? c.to(x.scalar_type()) : none(options), gates_out, cells};
+  finish_rows<F>(order, reverses, y, h0_rows, h_n, gates, cells, c0_full, c);
+  return {y, h_n, lstm ? c.to(x.scalar_type()) : none, gates, cells};
 }
 
 Outputs recurrent_layer_forward(const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                                const OptionalTensor& lengths, bool has_biases, std::string_view direction,
-                                std::string_view mode, bool save) {
+                                const OptionalTensor& given_lengths, bool has_biases, std::string_view direction,
+                                std::string_view mode_name, bool save) {
+  const OptionalTensor lengths = contiguous(given_lengths);
+  const Mode mode = parse_mode(mode_name);
   return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
-    return forward<decltype(zero)>(x, h0, c0, weights, contiguous(lengths), has_biases, direction, parse_mode(mode), save);
+    using F = decltype(zero);
+    auto packed = forward_weights<F>(weights, has_biases, h0.size(0), mode, weights[0].size(0) / weight_gates(mode));
+    if (keeps_bfloat16(weights[0].scalar_type(), mean_rows(lengths, x.size(0), x.size(1))))
+      for (auto& w : packed) w.ih.packing.panel = w.hh.packing.panel = Panel::kBFloat16;
+    return forward<F>(x, h0, c0, std::move(packed), lengths, parse_direction(direction), mode, save);
+  });
+}
+
+// The weights of a stack, packed once for all calls of prepared_forward: kPrepared tensors for each
+// direction of each layer. precision: float (as the weights are, but 16 bits as fp32), bfloat16 or int8.
+std::vector<Tensor> prepare_weights(at::TensorList weights, bool has_biases, int64_t layers, bool bidirectional,
+                                    std::string_view mode_name, std::string_view precision) {
+  const Mode mode = parse_mode(mode_name);
+  TORCH_CHECK(precision == "float" || precision == "bfloat16" || precision == "int8",
+              "precision: expected float, bfloat16 or int8, got ", precision);
+  const Panel panel = precision == "int8" ? Panel::kInt8 : precision == "bfloat16" ? Panel::kBFloat16 : Panel::kFull;
+  const int64_t K = bidirectional ? 2 : 1, H = weights[0].size(0) / weight_gates(mode), each = weights.size() / layers;
+  TORCH_CHECK(panel == Panel::kFull || weights[0].scalar_type() != at::kDouble, "precision: expected float for float64 weights, got ",
+              precision);
+  return dispatch_accumulation(weights[0].scalar_type(), [&](auto zero) {
+    using F = decltype(zero);
+    std::vector<Tensor> prepared;
+    for (int64_t layer = 0; layer < layers; ++layer)
+      for (auto& w : forward_weights<F>(weights.slice(layer * each, each), has_biases, K, mode, H))
+        for (Tensor& t : prepare<F>(std::move(w), panel, mode, H)) prepared.push_back(std::move(t));
+    return prepared;
+  });
+}
+
+// A stack of layers over prepared weights, without dropout; x [T, B, I], h0 [L K, B, R], c0 [L K, B, H].
+std::tuple<Tensor, Tensor, Tensor> prepared_forward(const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
+                                                    const OptionalTensor& lengths, at::TensorList prepared, bool bidirectional,
+                                                    std::string_view mode_name, int64_t H) {
+  const Mode mode = parse_mode(mode_name);
+  const int64_t K = bidirectional ? 2 : 1, layers = h0.size(0) / K;
+  TORCH_CHECK(static_cast<int64_t>(prepared.size()) == layers * K * kPrepared, "prepared: expected ", layers * K * kPrepared,
+              " tensors, got ", prepared.size());
+  return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
+    using F = decltype(zero);
+    Tensor y = x;
+    std::vector<Tensor> h_n, c_n;
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      std::vector<ForwardWeights<F>> weights;
+      for (int64_t k = 0; k < K; ++k)
+        weights.push_back(restore<F>(prepared.slice((layer * K + k) * kPrepared, kPrepared), mode, y.size(2), H, h0.size(2)));
+      const auto own = [&](const Tensor& states) { return layers > 1 ? states.narrow(0, layer * K, K) : states; };
+      auto out = forward<F>(y, own(h0), c0 ? OptionalTensor(own(*c0)) : c0, std::move(weights), contiguous(lengths),
+                            parse_direction(bidirectional ? "bidirectional" : "forward"), mode, false);
+      y = std::get<0>(out);
+      h_n.push_back(std::get<1>(out)), c_n.push_back(std::get<2>(out));
+    }
+    return layers > 1 ? std::make_tuple(y, at::cat(h_n), at::cat(c_n)) : std::make_tuple(y, h_n[0], c_n[0]);
   });
 }
 
 TORCH_LIBRARY_IMPL(rnnattn_native, CPU, m) {
   watch_forks();
   m.impl("recurrent_layer_forward", &recurrent_layer_forward);
+  m.impl("prepare_weights", &prepare_weights);
+  m.impl("prepared_forward", &prepared_forward);
 }
 
 }  // namespace

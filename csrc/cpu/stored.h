@@ -17,7 +17,7 @@ inline FloatVec from_bfloat16(IntVec stored) { return from_bits(stored << 16); }
 
 inline IntVec to_bfloat16(FloatVec v) {
   const IntVec b = bits(v), rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  return v == v ? rounded : (IntVec{} + 0x7fc0);
+  return v == v ? (rounded & 0xffff) : (IntVec{} + 0x7fc0);
 }
 
 // The exponent is rebiased by a product with 2^112, which gets subnormal numbers right as well.

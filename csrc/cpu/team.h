@@ -39,13 +39,14 @@ inline int team_size() {
 }
 
 // Calls body(thread) on `threads` threads at once; false, and no call, where the system has not as many.
+// body must not throw: nothing may leave a parallel region.
 template <typename Body>
 bool run_team(int threads, const Body& body) {
   if (threads == 1) {
     body(0);
     return true;
   }
-  bool complete = true;
+  std::atomic<bool> complete{true};
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(threads)
   {

@@ -34,11 +34,10 @@ def order(call: Call) -> list[tuple[str, str]]:
         return ranked
     if _torch_is_wrong(call):
         return ranked
-    slower = _torch_is_slower(call)
-    if slower:
-        ranked.insert(1, ("torch", f"torch's own kernel, though {slower}"))
-        return ranked
-    return [("torch", "oneDNN measured faster on padded batches in this dtype"), *ranked]
+    if _has_16_bit_kernel(call):
+        return [("torch", "oneDNN multiplies 16-bit numbers by this CPU's instructions, our LSTM in fp32"), *ranked]
+    ranked.insert(1, ("torch", "torch's own kernel, though it measured slower at every size"))
+    return ranked
 
 
 def _torch_is_wrong(call: Call) -> bool:
@@ -46,22 +45,12 @@ def _torch_is_wrong(call: Call) -> bool:
     return call.dtype == torch.bfloat16 and call.grad and call.hidden >= 1024
 
 
-def _torch_is_slower(call: Call) -> str | None:
-    """Why our LSTM runs before torch's on a CPU, or None."""
-    if call.ragged:
-        return "it takes 1.5 to 3 times as long on a packed sequence"
-    if call.projection:
-        return "oneDNN has no projection, and ATen takes 1.6 to 4.4 times as long"
-    if call.dtype == torch.float16 and not _has_16_bit_products("fp16"):
-        return "oneDNN takes 2.7 to 75 times as long in fp16 without fp16 instructions"
-    if call.dtype == torch.bfloat16 and not call.compiling and call.B >= 4 and not _has_16_bit_products("bf16"):
-        return "oneDNN takes 1.9 to 3.3 times as long in bf16 without bf16 instructions"
-    few = not call.compiling and call.dtype == torch.float32 and call.B <= 4 and call.hidden <= 128
-    if few and (not call.grad or call.directions == 2):
-        return "oneDNN takes 1.03 to 1.7 times as long for up to 4 rows and 128 units"
-    if call.dtype == torch.float64 and call.grad:
-        return "ATen takes 1.4 to 3 times as long to train in fp64"
-    return None
+def _has_16_bit_kernel(call: Call) -> bool:
+    """Whether oneDNN's LSTM runs this call in 16 bits; it has none for lengths, projections or other types."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if call.dtype not in names or call.ragged or call.projection:
+        return False
+    return _has_16_bit_products(names[call.dtype])
 
 
 @functools.cache
