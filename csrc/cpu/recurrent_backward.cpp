@@ -127,18 +127,29 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   std::vector<Tensor> dweights;
   for (int64_t k = 0; k < K; ++k) {
     const DirectionWeights& w = parts[k];
-    const Tensor d = d_gates[k], d_x = d.narrow(1, 0, used * H), d_h = d.narrow(1, hidden_column(mode) * H, used * H);
-    if (needs_dx) {
-      const Tensor w_ih = gru ? w.w_ih.roll(H, 0) : w.w_ih;  // rows in the order of the gradients: n, r, z
-      if (k > 0) dx.addmm_(d_x, w_ih);
-      else dx = at::mm(d_x, w_ih);
-    }
+    const Tensor d = d_gates[k], d_h = d.narrow(1, hidden_column(mode) * H, used * H);
+    // The columns of the input product and their rows of w_ih: those of GRU's n stand first in d, last in w_ih.
+    struct Part { int64_t column, row, n; };
+    const std::vector<Part> parts_x = gru ? std::vector<Part>{{H, 0, 2 * H}, {0, 2 * H, H}} : std::vector<Part>{{0, 0, used * H}};
+    if (needs_dx)
+      for (const Part& part : parts_x) {
+        const Tensor d_part = d.narrow(1, part.column, part.n), w_part = w.w_ih.narrow(0, part.row, part.n);
+        if (dx.defined()) dx.addmm_(d_part, w_part);
+        else dx = at::mm(d_part, w_part);
+      }
     if (!needs_dweights) continue;
-    const auto in_order = [&](const Tensor& t) { return gru ? t.roll(-H, 0) : t; };
-    dweights.push_back(in_order(at::mm(d_x.t(), x_packed)).to(dtype));
+    Tensor dw_ih = at::empty({used * H, I}, full);
+    for (const Part& part : parts_x) {
+      Tensor rows_of_part = dw_ih.narrow(0, part.row, part.n);
+      at::mm_out(rows_of_part, d.narrow(1, part.column, part.n).t(), x_packed);
+    }
+    dweights.push_back(dw_ih.to(dtype));
     dweights.push_back(state_product<F>(d_h, y.narrow(2, k * R, R), h0[k], order, reverses[k]).to(dtype));
-    if (has_biases) dweights.push_back(in_order(d_x.sum(0)).to(dtype));
-    if (has_biases && gru) dweights.push_back(d_h.sum(0).to(dtype));
+    if (has_biases) {
+      const Tensor sums = d.sum(0);
+      dweights.push_back((gru ? at::cat({sums.narrow(0, H, 2 * H), sums.narrow(0, 0, H)}) : sums).to(dtype));
+      if (gru) dweights.push_back(sums.narrow(0, H, 3 * H).to(dtype).contiguous());
+    }
     if (projected) {
       const Tensor h_raw = (gates[k].narrow(2, 3 * H, H).to(acc) * cells[k].tanh()).to(dtype);
       dweights.push_back(at::mm(dh_out[k].t(), packed(h_raw)).to(dtype));
@@ -153,6 +164,7 @@ Gradients recurrent_layer_backward(const OptionalTensor& dy, const OptionalTenso
                                    const OptionalTensor& lengths, const Tensor& y, const Tensor& gates, const Tensor& cells,
                                    bool has_biases, std::string_view direction, std::string_view mode, bool needs_dx,
                                    bool needs_dweights) {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
   return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     return backward<decltype(zero)>(dy, dh_n, dc_n, x, h0, c0, weights, contiguous(lengths), y, gates, cells, has_biases,
                                     direction, parse_mode(mode), needs_dx, needs_dweights);
