@@ -18,6 +18,7 @@
 #include "huge_pages.h"
 #include "isa.h"
 #include "pool_tiles.h"
+#include "team.h"
 
 namespace rnnattn {
 namespace {
@@ -233,6 +234,7 @@ Tensor with_contiguous_rows(const Tensor& x) { return x.stride(2) == 1 || x.size
 std::tuple<Tensor, Tensor, Tensor> attention_pool_forward(const Tensor& x, const Tensor& v, const OptionalTensor& w,
                                                           const OptionalTensor& b, const OptionalTensor& lengths,
                                                           const OptionalTensor& mask, bool need_weights) {
+  adapt_to_fork();
   return dispatch(x, [&](auto zero, auto stored) {
     return forward<decltype(zero), decltype(stored)>(with_contiguous_rows(x), v, w, b, contiguous(lengths),
                                                      contiguous(mask), need_weights);
@@ -243,6 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_backward(
     const OptionalTensor& d_pooled, const OptionalTensor& d_weights, const Tensor& x, const Tensor& v,
     const OptionalTensor& w, const OptionalTensor& b, const OptionalTensor& lengths, const OptionalTensor& mask,
     const Tensor& pooled, const Tensor& lse) {
+  adapt_to_fork();
   return dispatch(x, [&](auto zero, auto stored) {
     return backward<decltype(zero), decltype(stored)>(d_pooled, d_weights, with_contiguous_rows(x), v, w, b,
                                                       contiguous(lengths), contiguous(mask), pooled, lse);

@@ -164,6 +164,7 @@ Gradients recurrent_layer_backward(const OptionalTensor& dy, const OptionalTenso
                                    const OptionalTensor& lengths, const Tensor& y, const Tensor& gates, const Tensor& cells,
                                    bool has_biases, std::string_view direction, std::string_view mode, bool needs_dx,
                                    bool needs_dweights) {
+  adapt_to_fork();
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
   return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     return backward<decltype(zero)>(dy, dh_n, dc_n, x, h0, c0, weights, contiguous(lengths), y, gates, cells, has_biases,

@@ -125,6 +125,7 @@ Outputs recurrent_layer_forward(const Tensor& x, const Tensor& h0, const Optiona
                                 const OptionalTensor& given_lengths, bool has_biases, std::string_view direction,
                                 std::string_view mode_name, bool save) {
   const OptionalTensor lengths = contiguous(given_lengths);
+  adapt_to_fork();
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
   const Mode mode = parse_mode(mode_name);
   return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
@@ -140,6 +141,7 @@ Outputs recurrent_layer_forward(const Tensor& x, const Tensor& h0, const Optiona
 // direction of each layer. precision: float (as the weights are, but 16 bits as fp32), bfloat16 or int8.
 std::vector<Tensor> prepare_weights(at::TensorList weights, bool has_biases, int64_t layers, bool bidirectional,
                                     std::string_view mode_name, std::string_view precision) {
+  adapt_to_fork();
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
   const Mode mode = parse_mode(mode_name);
   TORCH_CHECK(precision == "float" || precision == "bfloat16" || precision == "int8",
@@ -162,6 +164,7 @@ std::vector<Tensor> prepare_weights(at::TensorList weights, bool has_biases, int
 std::tuple<Tensor, Tensor, Tensor> prepared_forward(const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
                                                     const OptionalTensor& lengths, at::TensorList prepared, bool bidirectional,
                                                     std::string_view mode_name, int64_t H) {
+  adapt_to_fork();
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
   const Mode mode = parse_mode(mode_name);
   const int64_t K = bidirectional ? 2 : 1, layers = h0.size(0) / K;

@@ -29,9 +29,15 @@ inline void watch_forks() {
 #endif
 }
 
+// To be called before anything that may use threads. One thread from then on in a forked child: torch's
+// own operations hang there with more, as well.
+inline void adapt_to_fork() {
+  if (forked() && at::get_num_threads() != 1) at::set_num_threads(1);
+}
+
 inline int team_size() {
 #if defined(_OPENMP)
-  if (forked() || at::in_parallel_region()) return 1;
+  if (at::in_parallel_region()) return 1;
   return std::clamp(at::get_num_threads(), 1, omp_get_num_procs());
 #else
   return 1;
