@@ -20,11 +20,15 @@ constexpr double kStart = 10000;           // cycles until threads have begun
 
 int64_t parts(int64_t n, int64_t of) { return (n + of - 1) / of; }
 
+// Vectors of units in a block, and the blocks, which members share out.
+int64_t block_vectors(const LayerShape& s) { return s.backward ? 4 : unit_vectors(s.mode); }
+int64_t blocks_of_units(const LayerShape& s) { return parts(s.H, s.lanes * block_vectors(s)); }
+
 // Cycles of one step of one member.
 double step_cycles(const LayerShape& s, int groups, int members) {
   const double rows = std::max(1.0, s.mean_rows / groups);
   const int64_t gates = weight_gates(s.mode);
-  const int64_t vectors = parts(parts(s.H, s.lanes), members);  // of units
+  const int64_t vectors = std::min(parts(s.H, s.lanes), parts(blocks_of_units(s), members) * block_vectors(s));  // of units
   const double panel_bytes = double(vectors) * gates * s.R * s.lanes * s.element;
   const double multiply = rows * vectors * gates * s.R / kMultiplyAdds;
   // A panel is read anew for every six rows or so, from the core's own cache once it is there.
@@ -46,7 +50,7 @@ int64_t private_cache() {
 Plan plan_layer(const LayerShape& s, int threads) {
   Plan best;
   double least = INFINITY;
-  const int64_t blocks = parts(s.H, s.lanes * (s.backward ? 4 : 1));
+  const int64_t blocks = blocks_of_units(s);
   for (int members = 1; members <= std::min<int64_t>(threads, blocks); ++members)
     for (int groups = 1; groups <= std::min<int64_t>(threads / members, std::max<int64_t>(1, s.B)); ++groups) {
       const int teams = std::min(threads / members, groups * s.directions);

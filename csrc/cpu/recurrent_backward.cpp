@@ -148,7 +148,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
     if (has_biases) {
       const Tensor sums = d.sum(0);
       dweights.push_back((gru ? at::cat({sums.narrow(0, H, 2 * H), sums.narrow(0, 0, H)}) : sums).to(dtype));
-      if (gru) dweights.push_back(sums.narrow(0, H, 3 * H).to(dtype).contiguous());
+      if (gru) dweights.push_back(sums.narrow(0, H, 3 * H).to(dtype, false, true));  // not a view
     }
     if (projected) {
       const Tensor h_raw = (gates[k].narrow(2, 3 * H, H).to(acc) * cells[k].tanh()).to(dtype);

@@ -54,10 +54,11 @@ bool run_team(int threads, const Body& body) {
   }
   std::atomic<bool> complete{true};
 #if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
+  // Opened for torch's number of threads: a smaller one would end the others, to be started again by torch's next operation.
+#pragma omp parallel
   {
-    if (omp_get_num_threads() == threads) body(omp_get_thread_num());
-    else complete = false;
+    if (omp_get_num_threads() < threads) complete = false;
+    else if (omp_get_thread_num() < threads) body(omp_get_thread_num());
   }
 #else
   complete = false;
