@@ -2,49 +2,92 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor, nn
 
 from rnnattn import functional
 
+if TYPE_CHECKING:
+    from rnnattn.nn.prepared import PreparedCell
+
 States = tuple[Tensor, ...]  # h, or h and c
 
 
-def _batched(
-    cell: nn.RNNCellBase, kind: str, names: tuple[str, ...], input: Tensor, states: States | None
-) -> tuple[Tensor, States]:
-    """Input and states as [B, ...], zeros for states that are not given; checked with torch's messages
-    (torch/nn/modules/rnn.py; aten/src/ATen/native/RNN.cpp, check_rnn_cell_forward_*).
+class _Cell(nn.RNNCellBase):
+    """What the cells share. Messages are torch's (torch/nn/modules/rnn.py; aten/src/ATen/native/RNN.cpp,
+    check_rnn_cell_forward_*)."""
 
-    kind and names: what the messages call the cell and its states.
-    """
-    if input.dim() not in (1, 2):
-        raise ValueError(f"{kind}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    for name, state in zip(names, states or (), strict=False):
-        if state.dim() not in (1, 2):
-            raise ValueError(f"{kind}: Expected {name} to be 1D or 2D, got {state.dim()}D instead")
-    x = input if input.dim() == 2 else input.unsqueeze(0)
-    if states is None:
-        states = (x.new_zeros(x.shape[0], cell.hidden_size),) * len(names)
-    elif input.dim() == 1:
-        states = tuple(state.unsqueeze(0) for state in states)
-    if x.size(1) != cell.input_size:
-        raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {cell.input_size}")
-    for n, state in enumerate(states):
-        if state.size(0) != x.size(0):
-            raise RuntimeError(f"Input batch size {x.size(0)} doesn't match hidden{n} batch size {state.size(0)}")
-        if state.size(1) != cell.hidden_size:
-            raise RuntimeError(
-                f"hidden{n} has inconsistent hidden_size: got {state.size(1)}, expected {cell.hidden_size}"
-            )
-    return x, states
+    _names: tuple[str, ...] = ("hidden",)  # of the states
+    _kind: str  # as messages call the cell
+
+    @property
+    def _mode(self) -> str:
+        """A key of `reference.CELLS`."""
+        return self._kind.removesuffix("Cell")
+
+    def prepare_inference(self, precision: str = "float") -> PreparedCell:
+        """A module for inference on a CPU, called as this one is, with a packed copy of the weights.
+
+        It refuses to run once these weights have changed; `nn.prepared.PreparedCell` says more.
+
+        Args:
+            precision: "float", "bfloat16" or "int8", as for `LSTM.prepare_inference`.
+
+        Raises:
+            RuntimeError, TypeError, ValueError, BackendError: as `LSTM.prepare_inference`.
+        """
+        from rnnattn.nn.prepared import PreparedCell
+
+        return PreparedCell(self, precision)
+
+    def _step(self, x: Tensor, states: States) -> States:
+        """The states after the step; all tensors are [B, ...] and have passed the checks of `_run`."""
+        raise NotImplementedError
+
+    def _run(self, input: Tensor, hx: Any) -> States:
+        """The states after the step, shaped as the given ones; hx as `forward` takes it."""
+        states: States | None
+        if len(self._names) == 1:
+            states = None if hx is None else (hx,)
+        else:
+            if isinstance(hx, Tensor):
+                raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
+            if hx is not None and len(hx) != 2:
+                raise RuntimeError("lstm_cell expects two hidden states")
+            states = hx
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{self._kind}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        for name, state in zip(self._names, states or (), strict=False):
+            if state.dim() not in (1, 2):
+                raise ValueError(f"{self._kind}: Expected {name} to be 1D or 2D, got {state.dim()}D instead")
+        x = input if input.dim() == 2 else input.unsqueeze(0)
+        if states is None:
+            states = (x.new_zeros(x.shape[0], self.hidden_size),) * len(self._names)
+        elif input.dim() == 1:
+            states = tuple(state.unsqueeze(0) for state in states)
+        if x.size(1) != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {self.input_size}")
+        for n, state in enumerate(states):
+            if state.size(0) != x.size(0):
+                raise RuntimeError(f"Input batch size {x.size(0)} doesn't match hidden{n} batch size {state.size(0)}")
+            if state.size(1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{n} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
+                )
+        states = self._step(x, states)
+        return states if input.dim() == 2 else tuple(state.squeeze(0) for state in states)
 
 
-class LSTMCell(nn.RNNCellBase):
+class LSTMCell(_Cell):
     """One step of an LSTM: `torch.nn.LSTMCell`.
 
     Constructor arguments (input_size, hidden_size, bias=True, device=None, dtype=None), parameters,
     `state_dict`, repr and errors are those of `torch.nn.LSTMCell`. Equation: `functional.lstm`.
     """
+
+    _names = ("hx[0]", "hx[1]")
+    _kind = "LSTMCell"
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:  # type: ignore[no-untyped-def]
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
@@ -62,21 +105,22 @@ class LSTMCell(nn.RNNCellBase):
         Raises:
             RuntimeError, ValueError, TypeError: as torch.nn.LSTMCell, or naming the argument.
         """
-        if isinstance(hx, Tensor):
-            raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
-        if hx is not None and len(hx) != 2:
-            raise RuntimeError("lstm_cell expects two hidden states")
-        x, (h, c) = _batched(self, "LSTMCell", ("hx[0]", "hx[1]"), input, hx)
-        h, c = functional.lstm_cell(x, (h, c), self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        return (h, c) if input.dim() == 2 else (h.squeeze(0), c.squeeze(0))
+        h, c = self._run(input, hx)
+        return h, c
+
+    def _step(self, x: Tensor, states: States) -> States:
+        h, c = states
+        return functional.lstm_cell(x, (h, c), self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
 
-class GRUCell(nn.RNNCellBase):
+class GRUCell(_Cell):
     """One step of a GRU: `torch.nn.GRUCell`.
 
     Constructor arguments (input_size, hidden_size, bias=True, device=None, dtype=None), parameters,
     `state_dict`, repr and errors are those of `torch.nn.GRUCell`. Equation: `functional.gru`.
     """
+
+    _kind = "GRUCell"
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:  # type: ignore[no-untyped-def]
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
@@ -94,18 +138,21 @@ class GRUCell(nn.RNNCellBase):
         Raises:
             RuntimeError, ValueError: as torch.nn.GRUCell, or naming the argument.
         """
-        x, (h,) = _batched(self, "GRUCell", ("hidden",), input, None if hx is None else (hx,))
-        h = functional.gru_cell(x, h, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        return h if input.dim() == 2 else h.squeeze(0)
+        return self._run(input, hx)[0]
+
+    def _step(self, x: Tensor, states: States) -> States:
+        return (functional.gru_cell(x, states[0], self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh),)
 
 
-class RNNCell(nn.RNNCellBase):
+class RNNCell(_Cell):
     """One step of a simple recurrent layer: `torch.nn.RNNCell`.
 
     Constructor arguments (input_size, hidden_size, bias=True, nonlinearity="tanh", device=None,
     dtype=None), parameters, `state_dict`, repr and errors are those of `torch.nn.RNNCell`. Equation:
     `functional.rnn`.
     """
+
+    _kind = "RNNCell"
 
     def __init__(  # type: ignore[no-untyped-def]
         self,
@@ -133,8 +180,14 @@ class RNNCell(nn.RNNCellBase):
             RuntimeError: an unknown nonlinearity.
             RuntimeError, ValueError: as torch.nn.RNNCell, or naming the argument.
         """
-        x, (h,) = _batched(self, "RNNCell", ("hidden",), input, None if hx is None else (hx,))
+        return self._run(input, hx)[0]
+
+    @property
+    def _mode(self) -> str:
+        return f"RNN_{self.nonlinearity.upper()}"
+
+    def _step(self, x: Tensor, states: States) -> States:
         if self.nonlinearity not in functional.NONLINEARITIES:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        h = functional.rnn_cell(x, h, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.nonlinearity)
-        return h if input.dim() == 2 else h.squeeze(0)
+        weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        return (functional.rnn_cell(x, states[0], *weights, self.nonlinearity),)

@@ -7,13 +7,16 @@ at instances of the former, and compiles these modules whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from rnnattn.functional import NONLINEARITIES
 from rnnattn.stack import run_stack
+
+if TYPE_CHECKING:
+    from rnnattn.nn.prepared import PreparedRecurrent
 
 States = tuple[Tensor, ...]  # h, or h and c
 
@@ -24,6 +27,25 @@ class _Recurrent(nn.RNNBase):
     _names: tuple[str, ...] = ("hx",)  # of the states
     _kind: str  # as messages call the module
     _suffix = ""
+
+    def prepare_inference(self, precision: str = "float") -> PreparedRecurrent:
+        """A module for inference on a CPU, called as this one is, with a packed copy of the weights.
+
+        It refuses to run once these weights have changed; `nn.prepared.PreparedRecurrent` says more.
+
+        Args:
+            precision: how the copy holds the matrices: "float" as they are, "bfloat16", or "int8" with a
+                scale for each row. The arithmetic is in fp32 (float64 for float64 weights).
+
+        Raises:
+            RuntimeError: the module is in training mode with dropout; weights that are not on the CPU.
+            TypeError: a weight that is not a parameter of the module (a parametrization or a hook makes it).
+            ValueError: an unknown precision, or one other than "float" for float64 weights.
+            BackendError: backend cpp cannot run on this machine.
+        """
+        from rnnattn.nn.prepared import PreparedRecurrent
+
+        return PreparedRecurrent(self, precision)
 
     def _run(
         self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | Sequence[int] | None
@@ -76,12 +98,17 @@ class _Recurrent(nn.RNNBase):
         if len(hx) != len(self._names):  # only an LSTM's can differ
             raise RuntimeError("lstm expects two hidden states")
         h0, c0 = hx if len(hx) == 2 else (hx[0], None)
+        output, h_n, c_n = self._stack(input, h0, c0, batch_first, lengths)
+        return output, (h_n,) if c_n is None else (h_n, c_n)
+
+    def _stack(
+        self, input: Tensor, h0: Tensor, c0: Tensor | None, batch_first: bool, lengths: Tensor | Sequence[int] | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
-        output, h_n, c_n = run_stack(
+        return run_stack(
             self.mode, input, h0, c0, weights, self.bias, self.num_layers, self.dropout, self.training,
             self.bidirectional, batch_first, lengths,
         )  # fmt: skip
-        return output, (h_n,) if c_n is None else (h_n, c_n)
 
     def _check_state_rank(self, hx: Any, rank: int) -> None:
         ranks = [hx[n].dim() for n in range(len(self._names))]
