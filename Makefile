@@ -5,6 +5,8 @@
 #   make bench      the benchmarks                ARGS=... goes to python -m benchmarks
 #   make plots      the README's tables and plots again, from benchmarks/results
 #   make lint       ruff and mypy
+#   make asan       the cases of the C++ backend with the address and undefined-behaviour sanitizers
+#   make tsan       the scans on std::threads with the thread sanitizer
 #   make wheel      dist/*.whl for this machine's torch
 #   make clean      removes what was built, but not .venv
 #
@@ -31,7 +33,7 @@ export PYTHONUNBUFFERED = 1
 REQUIREMENTS := $(filter-out requirements/build.txt,$(wildcard requirements/*.txt))
 SOURCES := setup.py pyproject.toml rnnattn/_version.py $(shell find csrc -not -name '.*')
 
-.PHONY: install test bench plots lint wheel clean
+.PHONY: install test bench plots lint asan tsan wheel clean
 
 install: $(STAMPS)/installed
 
@@ -48,6 +50,20 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# The sanitizers' libraries come before everything else in the process; torch itself leaks. The tests run
+# from where the sanitized package lies, so that it is the one they import.
+ASAN := build/asan
+ASAN_CASES := tests/test_recurrent.py tests/test_attention_pool.py
+asan: $(READY)
+	RNNATTN_BUILD=cpu RNNATTN_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-lib $(ASAN)
+	python=$$(realpath -s $$(command -v $(PY))) && cd $(ASAN) && RNNATTN_REQUIRE=cpp ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  $$python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider \
+	  -k cpp $(ASAN_CASES:%=$(CURDIR)/%) $(ARGS)
+
+tsan:
+	$(MAKE) -C tests/cpp run OUT=$(CURDIR)/build/tsan FLAGS="-O1 -g -fsanitize=thread"
 
 # build/lib would carry files over that are no longer in the tree.
 wheel: $(READY)

@@ -5,6 +5,7 @@ RNNATTN_BUILD=auto   what this machine can compile: CPU and CUDA kernels, CPU ke
               none   pure Python
               cpu    the CPU kernels, or fail
               cuda   the CPU and the CUDA kernels, or fail
+RNNATTN_SANITIZE=address,undefined   for the C++ sources, in objects of their own; `make asan` builds and runs it
 CXX, CXXFLAGS, MAX_JOBS and TORCH_CUDA_ARCH_LIST are respected. Objects are kept under build/ between builds.
 """
 
@@ -36,6 +37,9 @@ if platform.machine() in ("x86_64", "AMD64"):
 OPTIMISE = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # NaN and inf stay what they are
 CXX_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", *OPTIMISE]
 CXX_FLAGS += shlex.split(os.environ.get("CXXFLAGS", ""))
+SANITIZE = os.environ.get("RNNATTN_SANITIZE", "")
+SANITIZER_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
+CXX_FLAGS += [*SANITIZER_FLAGS, "-O1", "-g", "-fno-omit-frame-pointer"] if SANITIZE else []
 # torch's own headers switch the half operators off for extensions; a plain nvcc call has them.
 NVCC_FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA"]
 NVCC_FLAGS += [f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
@@ -91,13 +95,14 @@ def extension(torch, cuda: bool) -> Extension:
     cxx += [f"-DRNNATTN_HAVE_{name.upper()}" for name in INSTRUCTION_SETS if name != "baseline"]
     if sys.platform == "linux":
         cxx += ["-fopenmp"]  # at::parallel_for; not linked with it, so that torch's own OpenMP runtime is the only one
-    sources = [s for s in ("csrc/bindings.cpp", "csrc/ops.cpp", *sorted(glob("csrc/cpu/*.cpp"))) if s != KERNELS]
+    sources = [s for s in (*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))) if s != KERNELS]
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return kind(
         "rnnattn._C",
         sources + (sorted(glob("csrc/cuda/*.cu")) if cuda else []),
         include_dirs=[os.path.abspath("csrc")],
         extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS},
+        extra_link_args=SANITIZER_FLAGS,
         depends=["setup.py", *glob("csrc/**/*.*", recursive=True)],
     )
 
@@ -119,6 +124,7 @@ def make_build_ext(torch):
                     # The full description replaces the empty one; what finalize_options noted on that stays.
                     vars(self.extensions[0]).update(vars(extension(torch, cuda)))
                     tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-{'cuda' if cuda else 'cpu'}"
+                    tag += f"-{SANITIZE}" if SANITIZE else ""
                     self.compiler, self.build_temp = None, os.path.join("build", tag)
                     return super().run()
                 except Exception as error:

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "prepared_call.h"
 
 namespace py = pybind11;
 
@@ -35,4 +36,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of rnnattn.";
   m.def("build_info", &build_info,
         "compiler, flags, isa (in use), isas (compiled) and cuda (architectures, empty without CUDA)");
+  rnnattn::bind_prepared_call(m);
 }

@@ -10,8 +10,8 @@ TORCH_LIBRARY(rnnattn_native, m) {
       "str direction, str mode, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   m.def(
       "recurrent_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor? c0, "
-      "Tensor[] weights, Tensor? lengths, Tensor y, Tensor gates, Tensor cells, bool has_biases, str direction, "
-      "str mode, bool needs_dx, bool needs_dweights) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+      "Tensor[] weights, Tensor? lengths, Tensor y, Tensor(a!) gates, Tensor cells, bool has_biases, str direction, "
+      "str mode, bool needs_dx, bool needs_dweights, bool overwrites_gates) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
   m.def(
       "prepare_weights(Tensor[] weights, bool has_biases, int layers, bool bidirectional, str mode, str precision) "
       "-> Tensor[]");

@@ -94,6 +94,7 @@ struct ForwardScan {
   void* gates;          // stored [T, B, gate columns * H] after the activation, or null; LSTM, GRU
   F* cells;             // [T, B, H], or null; LSTM
   int64_t chunk;        // scan steps whose input product is computed at once; 1: block by block
+  int64_t calls = 0;    // with these weights before: blocks are taken there and back again, from call to call as well
 };
 
 template <typename F>
@@ -104,7 +105,7 @@ struct BackwardScan {
   Rows rows;
   Barrier* barrier;
   Panel panel;        // what w_hh holds
-  const void* w_hh;   // panels of R columns, K = hidden gates * H
+  const void* w_hh;   // panels of R columns, K = hidden gates * H; or null for a single step: dh then has but GRU's z * dh
   const F* w_hr;      // panels of H columns, K = R, or null without projection
   const void* dy;     // stored [T, B, R], strides below, or null
   int64_t dy_step, dy_row;

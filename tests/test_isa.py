@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +79,52 @@ def test_an_unknown_one_is_refused() -> None:
     done = run("mmx")
     assert done.returncode != 0
     assert "RNNATTN_CPU_ISA: expected one of" in done.stderr and "got mmx" in done.stderr
+
+
+# --- the objects of several instruction sets in one module ----------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def flags(isa: str) -> list[str]:
+    """What setup.py gives the compiler for it."""
+    found = re.findall(rf'INSTRUCTION_SETS\["{isa}"\] = (\[.*?\])', (ROOT / "setup.py").read_text())
+    return ast.literal_eval(found[0]) if found else []
+
+
+def test_the_kernels_give_the_linker_nothing_but_their_table(tmp_path: Path) -> None:
+    """Of an inline function that several objects have, the linker keeps any: perhaps the one for AVX-512.
+
+    With little inlining, so that a function which is a weak symbol stays one.
+    """
+    if shutil.which("g++") is None or shutil.which("nm") is None:
+        pytest.skip("g++ or nm is not on the PATH")
+    command = ["g++", "-std=c++20", "-O1", "-fPIC", *flags(ISAS[0]), f"-DRNNATTN_ISA={ISAS[0]}"]
+    subprocess.run(
+        [*command, "-c", str(ROOT / "csrc" / "cpu" / "kernels.cpp"), "-o", "kernels.o"], cwd=tmp_path, check=True
+    )
+    listed = subprocess.run(["nm", "-gC", "--defined-only", "kernels.o"], cwd=tmp_path, capture_output=True, text=True)
+    assert [line.split(maxsplit=2)[2] for line in listed.stdout.splitlines()] == [f"rnnattn::kernels_{ISAS[0]}"]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_vectors(isa: str, tmp_path: Path) -> None:
+    """Rounding to 16 bits, partial vectors and the elementary functions, by tests/cpp/vec_driver."""
+    if shutil.which("g++") is None or shutil.which("make") is None:
+        pytest.skip("g++ or make is not on the PATH")
+    if "expected one of" in run(isa).stderr:
+        pytest.skip(f"this machine has no {isa}")
+    command = [
+        "make",
+        "-s",
+        "-C",
+        str(ROOT / "tests" / "cpp"),
+        "run",
+        f"OUT={tmp_path}",
+        "DRIVERS=vec_driver",
+        "CXX=g++",
+    ]
+    done = subprocess.run([*command, f"FLAGS={' '.join(flags(isa))}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    size = {"avx512": 64, "avx2": 32, "baseline": 16}[isa]
+    assert f"vectors of {size} bytes: 0 failures" in done.stdout

@@ -42,7 +42,7 @@ class Spy:
 
         def spied_backward(*a: Any) -> Any:
             self.cotangents.append(tuple(d is not None for d in a[:3]))
-            self.needs.append(a[-2:])
+            self.needs.append(a[14:16])
             return backward(*a)
 
         monkeypatch.setattr(adapter, "recurrent_layer_forward", spied_forward)
@@ -241,3 +241,18 @@ def test_gradients_of_the_operator_need_save() -> None:
     inputs, settings = layer(case, t)
     with pytest.raises(RuntimeError, match="gradients need save=True"):
         torch.ops.rnnattn.recurrent_layer(*inputs, *settings, False, "reference")
+
+
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("backend, mode", each_mode())
+def test_gates_are_overwritten_only_where_nobody_reads_them_again(backend: str, mode: str, retain: bool) -> None:
+    case = RecurrentCase(3, 5, 4, 6, "plain", mode, states=True)
+    t, (y, *_) = run(case, backend, "x", "weights")
+    first = torch.autograd.grad(y.sum(), [t["x"], *t["weights"]], retain_graph=retain)
+    if not retain:
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(y.sum(), t["x"])
+        return
+    for _ in range(2):
+        again = torch.autograd.grad(y.sum(), [t["x"], *t["weights"]], retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

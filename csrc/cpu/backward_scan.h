@@ -35,17 +35,19 @@ class Backward {
         for_blocks(m.first, m.last, step, [&](int64_t block, int64_t next) { units_projected(block, next, step, running); });
       } else {
         for_blocks(m.first, m.last, step, [&](int64_t block, int64_t next) {
-          state_gradients(block, next, later, running, [&](int64_t i, int64_t unit, int64_t n, Vec<F> dh) {
+          const auto lines = [&](int64_t i, int64_t rows) { return lines_of_cells(block, step, i, rows); };
+          state_gradients(block, next, later, running, lines, [&](int64_t i, int64_t unit, int64_t n, Vec<F> dh) {
             cell(i, step, unit, n, dh + output_gradient(i, step, unit, n));
           });
         });
       }
       wait();
     }
+    if (!p.w_hh) return;
     point_at_later_step(-1, running);
     const bool apart = p.w_hr;  // with a projection h has other columns than the units
     for_blocks(apart ? m.first_projected : m.first, apart ? m.last_projected : m.last, 0, [&](int64_t block, int64_t next) {
-      state_gradients(block, next, running, running, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
+      state_gradients(block, next, running, running, NoLines{}, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
         store<F>(p.dh + p.rows.row[i] * p.R + column, dh, n);
       });
     });
@@ -74,6 +76,25 @@ class Backward {
       }
   }
 
+  // What the cells of a tile are to read: it was written long ago, and as units of many rows lies too scattered for
+  // the hardware to foresee.
+  Lines lines_of_cells(int64_t block, int64_t step, int64_t first, int64_t rows) {
+    const int64_t unit = block * V * L, element = p.stored == Stored::kFull ? sizeof(F) : 2;
+    int64_t n = 0;
+    const auto add = [&](const void* base, int64_t index, int64_t size) {
+      const char* from = static_cast<const char*>(base) + index * size;
+      for (int64_t at = 0; at < V * L * size; at += 64) lines[n++] = from + at;
+    };
+    for (int64_t i = first; i < first + rows; ++i) {
+      const int64_t t = time_of(p.rows, i, step), b = p.rows.row[i], at = t * p.B + b;
+      for (int64_t g = 0; p.gates && g < gate_columns(p.mode); ++g) add(p.gates, at * columns + g * p.H + unit, element);
+      if (p.dy) add(p.dy, t * p.dy_step + b * p.dy_row + unit, element);
+      if (p.cells && step) add(p.cells, (time_of(p.rows, i, step - 1) * p.B + b) * p.H + unit, sizeof(F));
+    }
+    while (n < kDepth) lines[n++] = p.w_hh;
+    return {lines};
+  }
+
   void point_at_later_step(int64_t step, int64_t later) {
     for (int64_t i = 0; i < later; ++i)
       d_rows[i] = p.d_gates + slot_of(p.rows, i, time_of(p.rows, i, step + 1)) * columns + hidden_column(p.mode) * p.H;
@@ -81,12 +102,12 @@ class Backward {
 
   // body(row, column, lanes, gradient of h) for the columns of a block: rows [0, later) have it from
   // their later step, rows [later, end) end here and have that of h_n.
-  template <typename Body>
-  void state_gradients(int64_t block, int64_t next, int64_t later, int64_t end, const Body& body) {
+  template <typename Fetch, typename Body>
+  void state_gradients(int64_t block, int64_t next, int64_t later, int64_t end, const Fetch& lines, const Body& body) {
     const int64_t K = weight_gates(p.mode) * p.H;
     const auto given = [&](int64_t i, int64_t column, int64_t n) { return load(p.dh + p.rows.row[i] * p.R + column, n); };
     const auto panel = [&](int64_t n) { return static_cast<const typename W::Word*>(p.w_hh) + n * words<W>(K) * kBlock; };
-    for_products<V, F, W>({d_rows, K, panel(block), panel(next)}, 0, later, [&](int64_t first, int64_t rows, const F* sums) {
+    for_products<V, F, W>({d_rows, K, panel(block), panel(next)}, 0, later, lines, [&](int64_t first, int64_t rows, const F* sums) {
       for_vectors(sums, block, first, rows, p.R, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
         body(i, column, n, Cell::kCarry ? dh + given(i, column, n) : dh);
       });
@@ -108,7 +129,7 @@ class Backward {
   void projected_gradient(int64_t step, int64_t later, int64_t running) {
     for (int64_t i = 0; i < running; ++i) dh_rows[i] = p.dh_out + slot_of(p.rows, i, time_of(p.rows, i, step)) * p.R;
     for_blocks(m.first_projected, m.last_projected, step, [&](int64_t block, int64_t next) {
-      state_gradients(block, next, later, running, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
+      state_gradients(block, next, later, running, NoLines{}, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
         store<F>(const_cast<F*>(dh_rows[i]) + column, dh + output_gradient(i, step, column, n), n);
       });
     });
@@ -139,6 +160,8 @@ class Backward {
 
   const BackwardScan<F>& p;
   const Member<F>& m;
+  static_assert(kRows<V> * V * 6 <= kDepth);  // lines of a tile
+  const void* lines[kDepth];
   const F **d_rows, **dh_rows;
   const int64_t columns;
 };

@@ -51,7 +51,7 @@ struct Lstm {
 
   // i, f, o = sigmoid(a), g = tanh(a);  c = f * c_prev + i * g;  h = o * tanh(c)
   template <typename F>
-  static Vec<F> forward(const ForwardUnits<F>& at) {
+  RNNATTN_INLINE static Vec<F> forward(const ForwardUnits<F>& at) {
     const Vec<F> i = sigmoid(at.sum(0)), f = sigmoid(at.sum(1)), g = tanh(at.sum(2)), o = sigmoid(at.sum(3));
     const Vec<F> c = f * load(at.c + at.unit, at.n) + i * g;
     store<F>(at.c + at.unit, c, at.n);
@@ -61,7 +61,7 @@ struct Lstm {
   }
 
   template <typename F>
-  static void backward(const BackwardUnits<F>& at, Vec<F> dh) {
+  RNNATTN_INLINE static void backward(const BackwardUnits<F>& at, Vec<F> dh) {
     const Vec<F> i = at.gate(0), f = at.gate(1), g = at.gate(2), o = at.gate(3);
     const Vec<F> tanh_c = tanh(load(at.c + at.unit, at.n)), c_prev = load(at.c_prev + at.unit, at.n);
     const Vec<F> dc = load(at.dc + at.unit, at.n) + dh * o * (F(1) - tanh_c * tanh_c);
@@ -79,7 +79,7 @@ struct Gru {
 
   // r, z = sigmoid(a);  q = W_hn h_prev + b_hn;  n = tanh(W_in x + b_in + r * q);  h = (1 - z) * n + z * h_prev
   template <typename F>
-  static Vec<F> forward(const ForwardUnits<F>& at) {
+  RNNATTN_INLINE static Vec<F> forward(const ForwardUnits<F>& at) {
     const Vec<F> r = sigmoid(at.sum(0)), z = sigmoid(at.sum(1));
     Vec<F> q = load(at.hidden + 2 * kLanes<F>);
     if (at.bias_q) q += load(at.bias_q + at.unit, at.n);
@@ -89,7 +89,7 @@ struct Gru {
   }
 
   template <typename F>
-  static void backward(const BackwardUnits<F>& at, Vec<F> dh) {
+  RNNATTN_INLINE static void backward(const BackwardUnits<F>& at, Vec<F> dh) {
     const Vec<F> r = at.gate(0), z = at.gate(1), n = at.gate(2), q = at.gate(3);
     const Vec<F> dn = dh * (F(1) - z) * (F(1) - n * n);
     at.put(0, dn);
@@ -107,14 +107,14 @@ struct Rnn {
   static constexpr bool kNeedsH = true, kNeedsPrevious = false, kCarry = false;
 
   template <typename F>
-  static Vec<F> forward(const ForwardUnits<F>& at) {
+  RNNATTN_INLINE static Vec<F> forward(const ForwardUnits<F>& at) {
     const Vec<F> a = at.sum(0);
     if constexpr (mode == Mode::kTanh) return tanh(a);
     else return a <= F(0) ? Vec<F>{} : a;  // NaN stays
   }
 
   template <typename F>
-  static void backward(const BackwardUnits<F>& at, Vec<F> dh) {
+  RNNATTN_INLINE static void backward(const BackwardUnits<F>& at, Vec<F> dh) {
     if constexpr (mode == Mode::kTanh) at.put(0, dh * (F(1) - at.h * at.h));
     else at.put(0, at.h <= F(0) ? Vec<F>{} : dh);
   }

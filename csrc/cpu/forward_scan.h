@@ -39,7 +39,7 @@ class Forward {
         for (int64_t i = 0; i < running; ++i) h_rows[i] = state(i, step - 1);
         for (int64_t n = 0; n < m.last - m.first; ++n) {
           // There and back again: the panels read last are still in cache.
-          const int64_t back = step % 2, at = back ? m.last - m.first - 1 - n : n, block = m.first + at;
+          const int64_t back = (step + p.calls) % 2, at = back ? m.last - m.first - 1 - n : n, block = m.first + at;
           const int64_t next = back ? block - 1 : block + 1;
           F* gates_x = m.gates_x + (ahead ? at * chunk_rows + first_row : 0) * kBlock;
           if (!ahead) input_product(block, running, w_hh(block), gates_x);

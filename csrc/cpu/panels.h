@@ -92,23 +92,30 @@ void pack_panel(const Packing<F>& p, int64_t block, void* panels) {
   pack_as(Full<F>{});
 }
 
+// The sum over k of a[k] w[k], in four parts that do not wait for one another.
+template <typename F>
+inline Vec<F> dot(const F* a, const F* w, int64_t K) {
+  constexpr int64_t L = kLanes<F>;
+  Vec<F> sums[4] = {};
+  int64_t k = 0;
+  for (; k + 4 * L <= K; k += 4 * L)
+    RNNATTN_UNROLL for (int64_t j = 0; j < 4; ++j) sums[j] += load(a + k + j * L) * load(w + k + j * L);
+  for_lanes<F>(k, K, [&](int64_t at, int64_t n) { sums[0] += load(a + at, n) * load(w + at, n); });
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 // out[i] = init + a[i] w for n rows, w [gates * width, K] as torch holds it, out [rows][vectors][lanes]
-// as a product with a panel gives it.
+// as a product with a panel gives it. One row of w after the other, as they lie in memory.
 template <typename F>
 void multiply_unpacked(const Packing<F>& p, int64_t block, const F* const* rows, int64_t n, const F* init, F* out) {
   constexpr int64_t L = kLanes<F>;
   const int64_t V = p.gates * p.units;
   for (int64_t v = 0; v < V; ++v) {
     const int64_t unit = (block * p.units + v / p.gates) * L, units = lanes_left<F>(p.width, unit);
-    if (units == 0) continue;
     const F* w = p.w + (v % p.gates * p.width + unit) * p.column_stride;
     for (int64_t i = 0; i < n; ++i) {
       Vec<F> sums[L] = {};
-      for_lanes<F>(0, p.K, [&](int64_t k, int64_t depth) {
-        const Vec<F> a = load(rows[i] + k, depth);
-        RNNATTN_UNROLL for (int64_t l = 0; l < L; ++l)
-          sums[l] += a * load(w + (l < units ? l : 0) * p.column_stride + k, depth);
-      });
+      for (int64_t l = 0; l < units; ++l) sums[l] = dot(rows[i], w + l * p.column_stride, p.K);
       transpose<F>(sums);
       Vec<F> sum = init ? load(init + v * L) : Vec<F>{};
       for (int64_t l = 0; l < L; ++l) sum += sums[l];

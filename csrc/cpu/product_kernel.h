@@ -68,10 +68,21 @@ struct Product {
 
 constexpr int64_t kDepth = 512;
 
+// Cache lines to fetch beside the panel's, one at each step of k: what is to be read after the product.
+struct Lines {
+  const void* const* next;
+  void fetch() { __builtin_prefetch(*next++, 0, 2); }
+};
+
+struct NoLines {
+  void fetch() const {}
+  NoLines operator()(int64_t, int64_t) const { return {}; }
+};
+
 // out[r] = init[r] + a[r] w for R rows; init may be null for zero, init_stride 0 for the same in every row.
-template <int R, int V, typename F, typename W>
+template <int R, int V, typename F, typename W, typename Beside>
 [[gnu::noinline]] void product_tile(const F* const* rows, int64_t k, int64_t end, const typename W::Word* w,
-                                    const typename W::Word* ahead, const F* init, int64_t init_stride, F* out) {
+                                    const typename W::Word* ahead, Beside lines, const F* init, int64_t init_stride, F* out) {
   constexpr int64_t L = kLanes<F>;
   constexpr int kSets = R * V < 8 ? 2 : 1;  // of sums: eight of them hide the latency of the multiply-add
   constexpr int kStep = W::kGroup > kSets ? W::kGroup : kSets;
@@ -86,7 +97,7 @@ template <int R, int V, typename F, typename W>
   }
   for (; k + kStep <= end; k += kStep, w += kStep / W::kGroup * V * L) {
     // Sums of one row wait for nothing but memory, which the hardware foresees.
-    if (R > 1) __builtin_prefetch(ahead, 0, 2), ahead += 64 / sizeof *ahead;
+    if (R > 1) __builtin_prefetch(ahead, 0, 2), ahead += 64 / sizeof *ahead, lines.fetch();
     RNNATTN_UNROLL for (int j = 0; j < kStep; ++j) {
       Vec<F> column[V];
       RNNATTN_UNROLL for (int v = 0; v < V; ++v)
@@ -107,16 +118,17 @@ template <int R, int V, typename F, typename W>
       store<F>(out + (r * V + v) * L, kSets == 2 ? sums[0][r][v] + sums[kSets - 1][r][v] : sums[0][r][v]);
 }
 
-template <int V, typename F, typename W, int R = kRows<V>, typename... Arguments>
+template <int V, typename F, typename W, typename Beside, int R = kRows<V>, typename... Arguments>
 inline void product_of(int64_t rows, Arguments... arguments) {
   if constexpr (R > 1)
-    if (rows < R) return product_of<V, F, W, R - 1>(rows, arguments...);
-  product_tile<R, V, F, W>(arguments...);
+    if (rows < R) return product_of<V, F, W, Beside, R - 1>(rows, arguments...);
+  product_tile<R, V, F, W, Beside>(arguments...);
 }
 
 // out[i - begin] = init + a[i] w for the rows [begin, end), out [rows][V][lanes]; init [V][lanes], or null for zero.
-template <int V, typename F, typename W>
-inline void multiply(const Product<F, W>& p, int64_t begin, int64_t end, const F* init, F* out) {
+// lines(first row, rows) tells for each tile what to fetch beside.
+template <int V, typename F, typename W, typename Fetch>
+inline void multiply(const Product<F, W>& p, int64_t begin, int64_t end, const F* init, F* out, const Fetch& lines) {
   constexpr int64_t kBlock = V * kLanes<F>;
   const int64_t n = end - begin, tiles = (n + kRows<V> - 1) / kRows<V>;
   const F* given = p.scale ? nullptr : init;
@@ -130,7 +142,11 @@ inline void multiply(const Product<F, W>& p, int64_t begin, int64_t end, const F
       F* to = out + first * kBlock;
       // V tiles have fetched the whole part.
       const auto* ahead = tile < V ? next + tile * words<W>(until - k) * (64 / sizeof *next) : part;
-      product_of<V, F, W>(rows, p.rows + begin + first, k, until, part, ahead, k ? to : given, k ? kBlock : 0, to);
+      const auto product = [&](auto beside) {
+        product_of<V, F, W, decltype(beside)>(rows, p.rows + begin + first, k, until, part, ahead, beside, k ? to : given, k ? kBlock : 0, to);
+      };
+      if (k) product(NoLines{});
+      else product(lines(begin + first, rows));
     }
     k = until;
   } while (k < p.K);
@@ -142,16 +158,26 @@ inline void multiply(const Product<F, W>& p, int64_t begin, int64_t end, const F
   }
 }
 
+template <int V, typename F, typename W>
+inline void multiply(const Product<F, W>& p, int64_t begin, int64_t end, const F* init, F* out) {
+  multiply<V, F, W>(p, begin, end, init, out, NoLines{});
+}
+
 // The sums of the rows [begin, end), some rows at a time: body(first row, rows, sums [rows][V][lanes]).
-template <int V, typename F, typename W, typename Body>
-inline void for_products(const Product<F, W>& p, int64_t begin, int64_t end, const Body& body) {
+template <int V, typename F, typename W, typename Fetch, typename Body>
+inline void for_products(const Product<F, W>& p, int64_t begin, int64_t end, const Fetch& lines, const Body& body) {
   constexpr int64_t kTogether = 8 * kRows<V>;
   for (int64_t first = begin; first < end; first += kTogether) {
     alignas(64) F sums[kTogether * V * kLanes<F>];
     const int64_t last = first + kTogether < end ? first + kTogether : end;
-    multiply<V, F, W>(p, first, last, nullptr, sums);
-    body(first, last - first, static_cast<const F*>(sums));
+    multiply<V, F, W>(p, first, last, nullptr, sums, lines);
+    body(first, last - first, sums);
   }
+}
+
+template <int V, typename F, typename W, typename Body>
+inline void for_products(const Product<F, W>& p, int64_t begin, int64_t end, const Body& body) {
+  for_products<V, F, W>(p, begin, end, NoLines{}, body);
 }
 
 }  // namespace

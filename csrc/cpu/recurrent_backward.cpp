@@ -59,7 +59,7 @@ template <typename F>
 Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
                    const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
                    const Tensor& y, const Tensor& gates, const Tensor& cells, bool has_biases, std::string_view direction,
-                   Mode mode, bool needs_dx, bool needs_dweights) {
+                   Mode mode, bool needs_dx, bool needs_dweights, bool overwrites) {
   const auto reverses = parse_direction(direction);
   const auto acc = c10::CppTypeToScalarType<F>::value;
   const auto dtype = x.scalar_type();
@@ -85,8 +85,10 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
     if (keeps_bfloat16(dtype, mean_rows(lengths, T, B))) matrices.back().packing.panel = Panel::kBFloat16;
     if (projected) matrices.push_back(packed_columns<F>(w.w_hr, false));
   }
+  const bool one_step = T == 1 && !lengths;  // takes a product with w_hh for dh0 alone: not worth packing it
   std::vector<const PackedMatrix<F>*> to_pack;
-  for (auto& matrix : matrices) matrix.allocate(), to_pack.push_back(&matrix);
+  for (size_t n = 0; n < matrices.size(); ++n)
+    if (!one_step || n % (matrices.size() / K)) matrices[n].allocate(), to_pack.push_back(&matrices[n]);
   const size_t each = matrices.size() / K;
   const int64_t lanes = kernels<F>().lanes, blocks = blocks_of(H, kernels<F>().wide_vectors, lanes);
   const int64_t projected_blocks = projected ? matrices[0].blocks : 0;
@@ -94,7 +96,10 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   const Plan plan =
       plan_layer({mode, T, B, I, H, R, static_cast<int>(K), mean_rows(lengths, T, B), sizeof(F), lanes, true}, team_size());
   const RowOrder order(lengths, T, B, plan.groups);
-  const Tensor d_gates = in_huge_pages(at::empty({K, order.slots, columns * H}, full));
+  // The scan reads a unit's gates just before it writes their gradients: into the same memory, where nobody else
+  // reads it afterwards, or into memory that the system first has to find and to clear.
+  const bool in_place = overwrites && gates.numel() && gates.scalar_type() == acc && !order.ragged && !projected;
+  const Tensor d_gates = in_place ? gates.view({K, order.slots, columns * H}) : in_huge_pages(at::empty({K, order.slots, columns * H}, full));
   const Tensor dh_out = projected ? in_huge_pages(at::empty({K, order.slots, R}, full)) : Tensor();
 
   const auto scratch = [&](int) { return ScratchSize{0, 2 * ((B + plan.groups - 1) / plan.groups)}; };
@@ -128,6 +133,8 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   for (int64_t k = 0; k < K; ++k) {
     const DirectionWeights& w = parts[k];
     const Tensor d = d_gates[k], d_h = d.narrow(1, hidden_column(mode) * H, used * H);
+    if (one_step && gru) dh[k].addmm_(d_h, w.w_hh);
+    else if (one_step) dh[k].copy_(at::mm(d_h, w.w_hh));
     // The columns of the input product and their rows of w_ih: those of GRU's n stand first in d, last in w_ih.
     struct Part { int64_t column, row, n; };
     const std::vector<Part> parts_x = gru ? std::vector<Part>{{H, 0, 2 * H}, {0, 2 * H, H}} : std::vector<Part>{{0, 0, used * H}};
@@ -163,12 +170,12 @@ Gradients recurrent_layer_backward(const OptionalTensor& dy, const OptionalTenso
                                    const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                    const OptionalTensor& lengths, const Tensor& y, const Tensor& gates, const Tensor& cells,
                                    bool has_biases, std::string_view direction, std::string_view mode, bool needs_dx,
-                                   bool needs_dweights) {
+                                   bool needs_dweights, bool overwrites) {
   adapt_to_fork();
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
   return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     return backward<decltype(zero)>(dy, dh_n, dc_n, x, h0, c0, weights, contiguous(lengths), y, gates, cells, has_biases,
-                                    direction, parse_mode(mode), needs_dx, needs_dweights);
+                                    direction, parse_mode(mode), needs_dx, needs_dweights, overwrites);
   });
 }
 

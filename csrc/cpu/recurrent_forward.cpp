@@ -3,12 +3,14 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cstring>
 #include <tuple>
 
 #include "../dispatch.h"
 #include "forward_weights.h"
 #include "huge_pages.h"
+#include "prepared.h"
 #include "row_order.h"
 
 namespace rnnattn {
@@ -47,9 +49,10 @@ void finish_rows(const RowOrder& order, const std::vector<bool>& reverses, const
     });
 }
 
+// Outputs that there are not are undefined.
 template <typename F>
-Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c0, std::vector<ForwardWeights<F>> weights,
-                const OptionalTensor& lengths, const std::vector<bool>& reverses, Mode mode, bool save) {
+Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c0, std::vector<ForwardWeights<F>>& weights,
+                const OptionalTensor& lengths, const std::vector<bool>& reverses, Mode mode, bool save, int64_t calls = 0) {
   const auto acc = c10::CppTypeToScalarType<F>::value;
   const Stored stored = stored_as(x_given.scalar_type());
   const Tensor x = x_given.stride(2) == 1 || x_given.size(2) == 1 ? x_given : x_given.contiguous();
@@ -58,15 +61,15 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
   const int64_t blocks = weights[0].ih.blocks, block = weight_gates(mode) * unit_vectors(mode) * lanes;
   const bool lstm = mode == Mode::kLstm, saves_gates = save && columns > 1, projected = weights[0].hr.has_value();
   const auto options = x.options(), full = options.dtype(acc);
-  const Tensor none = at::empty({0}, options), none_full = at::empty({0}, full);
 
   const Tensor y = in_huge_pages(at::empty({T, B, K * R}, options));
-  const Tensor gates = saves_gates ? in_huge_pages(at::empty({K, T, B, columns * H}, options)) : none;
-  const Tensor cells = save && lstm ? in_huge_pages(at::empty({K, T, B, H}, full)) : none_full;
+  const Tensor gates = saves_gates ? in_huge_pages(at::empty({K, T, B, columns * H}, options)) : Tensor();
+  const Tensor cells = save && lstm ? in_huge_pages(at::empty({K, T, B, H}, full)) : Tensor();
   const Tensor h0_full = h0.to(acc).contiguous();
-  const Tensor c0_full = lstm ? c0->to(acc).contiguous() : none_full, c = c0_full.clone();
-  const Tensor h = stored == Stored::kFull ? none_full : at::empty({K, 2, B, R}, full);
-  const Tensor h_raw = projected ? at::empty({K, B, H}, full) : none_full;
+  const Tensor c0_full = lstm ? c0->to(acc).contiguous() : Tensor(), c = lstm ? at::empty({K, B, H}, full) : Tensor();
+  if (lstm) std::memcpy(c.data_ptr(), c0_full.const_data_ptr(), c.nbytes());
+  const Tensor h = stored == Stored::kFull ? Tensor() : at::empty({K, 2, B, R}, full);
+  const Tensor h_raw = projected ? at::empty({K, B, H}, full) : Tensor();
 
   std::vector<const PackedMatrix<F>*> to_pack;
   const auto pack = [&](PackedMatrix<F>& matrix) {
@@ -112,14 +115,16 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
                               w.ih.packing.panel, w.ih.data(), w.hh.data(), part(w.scale_ih, 0), part(w.scale_hh, 0), part(w.bias, 0),
                               part(w.bias_q, 0), w.hr ? static_cast<const F*>(w.hr->data()) : nullptr, part(h0_full, B * R),
                               part(h, 2 * B * R), part(h_raw, B * H), part(c, B * H), stored_part(y, R), K * R,
-                              stored_part(gates, T * B * columns * H), part(cells, T * B * H), chunk_of(members)};
+                              stored_part(gates, T * B * columns * H), part(cells, T * B * H), chunk_of(members), calls};
     kernels<F>().forward_scan(scan, member);
   });
 
   const Tensor h0_rows = h0.contiguous(), h_n = at::empty_like(h0_rows);
   finish_rows<F>(order, reverses, y, h0_rows, h_n, gates, cells, c0_full, c);
-  return {y, h_n, lstm ? c.to(x.scalar_type()) : none, gates, cells};
+  return {y, h_n, lstm ? c.to(x.scalar_type()) : c, gates, cells};
 }
+
+Tensor or_empty(const Tensor& t, at::TensorOptions options) { return t.defined() ? t : at::empty({0}, options); }
 
 Outputs recurrent_layer_forward(const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                 const OptionalTensor& given_lengths, bool has_biases, std::string_view direction,
@@ -133,7 +138,9 @@ Outputs recurrent_layer_forward(const Tensor& x, const Tensor& h0, const Optiona
     auto packed = forward_weights<F>(weights, has_biases, h0.size(0), mode, weights[0].size(0) / weight_gates(mode));
     if (keeps_bfloat16(weights[0].scalar_type(), mean_rows(lengths, x.size(0), x.size(1))))
       for (auto& w : packed) w.ih.packing.panel = w.hh.packing.panel = Panel::kBFloat16;
-    return forward<F>(x, h0, c0, std::move(packed), lengths, parse_direction(direction), mode, save);
+    const auto [y, h_n, c_n, gates, cells] = forward<F>(x, h0, c0, packed, lengths, parse_direction(direction), mode, save);
+    const auto empty = [&](const Tensor& t) { return or_empty(t, x.options()); };
+    return Outputs{y, h_n, empty(c_n), empty(gates), empty(cells)};
   });
 }
 
@@ -160,32 +167,54 @@ std::vector<Tensor> prepare_weights(at::TensorList weights, bool has_biases, int
   });
 }
 
-// A stack of layers over prepared weights, without dropout; x [T, B, I], h0 [L K, B, R], c0 [L K, B, H].
-std::tuple<Tensor, Tensor, Tensor> prepared_forward(const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
-                                                    const OptionalTensor& lengths, at::TensorList prepared, bool bidirectional,
-                                                    std::string_view mode_name, int64_t H) {
-  adapt_to_fork();
-  at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
-  const Mode mode = parse_mode(mode_name);
-  const int64_t K = bidirectional ? 2 : 1, layers = h0.size(0) / K;
-  TORCH_CHECK(static_cast<int64_t>(prepared.size()) == layers * K * kPrepared, "prepared: expected ", layers * K * kPrepared,
-              " tensors, got ", prepared.size());
-  return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
-    using F = decltype(zero);
+template <typename F>
+class Stack final : public PreparedStack {
+ public:
+  Stack(const std::vector<Tensor>& prepared, int64_t K, Mode mode, int64_t I, int64_t H, int64_t R)
+      : mode_(mode), reverses_(parse_direction(K == 2 ? "bidirectional" : "forward")) {
+    const size_t each = K * kPrepared;
+    TORCH_CHECK(!prepared.empty() && prepared.size() % each == 0, "prepared: expected a multiple of ", each, " tensors, got ", prepared.size());
+    for (size_t first = 0; first < prepared.size(); first += each) {
+      auto& layer = layers_.emplace_back();
+      for (size_t at = first; at < first + each; at += kPrepared)
+        layer.push_back(restore<F>(at::TensorList(prepared).slice(at, kPrepared), mode, first ? K * R : I, H, R));
+    }
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> run(const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
+                                         const OptionalTensor& lengths) const override {
+    adapt_to_fork();
+    at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
+    if (layers_.size() == 1) {
+      auto [y, h_n, c_n, gates, cells] = forward<F>(x, h0, c0, layers_[0], lengths, reverses_, mode_, false, calls_++);
+      return {std::move(y), std::move(h_n), std::move(c_n)};
+    }
+    const int64_t K = reverses_.size();
     Tensor y = x;
     std::vector<Tensor> h_n, c_n;
-    for (int64_t layer = 0; layer < layers; ++layer) {
-      std::vector<ForwardWeights<F>> weights;
-      for (int64_t k = 0; k < K; ++k)
-        weights.push_back(restore<F>(prepared.slice((layer * K + k) * kPrepared, kPrepared), mode, y.size(2), H, h0.size(2)));
-      const auto own = [&](const Tensor& states) { return layers > 1 ? states.narrow(0, layer * K, K) : states; };
-      auto out = forward<F>(y, own(h0), c0 ? OptionalTensor(own(*c0)) : c0, std::move(weights), contiguous(lengths),
-                            parse_direction(bidirectional ? "bidirectional" : "forward"), mode, false);
+    for (size_t layer = 0; layer < layers_.size(); ++layer) {
+      const auto own = [&](const Tensor& states) { return states.narrow(0, layer * K, K); };
+      auto out = forward<F>(y, own(h0), c0 ? OptionalTensor(own(*c0)) : c0, layers_[layer], lengths, reverses_, mode_, false);
       y = std::get<0>(out);
       h_n.push_back(std::get<1>(out)), c_n.push_back(std::get<2>(out));
     }
-    return layers > 1 ? std::make_tuple(y, at::cat(h_n), at::cat(c_n)) : std::make_tuple(y, h_n[0], c_n[0]);
-  });
+    return {y, at::cat(h_n), c0 ? at::cat(c_n) : Tensor()};
+  }
+
+ private:
+  const Mode mode_;
+  const std::vector<bool> reverses_;
+  mutable std::atomic<int64_t> calls_{0};
+  mutable std::vector<std::vector<ForwardWeights<F>>> layers_;  // [layer][direction]; forward() packs what is not, here nothing
+};
+
+// A stack of layers over prepared weights, without dropout; x [T, B, I], h0 [L K, B, R], c0 [L K, B, H].
+std::tuple<Tensor, Tensor, Tensor> prepared_forward(const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
+                                                    const OptionalTensor& lengths, at::TensorList prepared, bool bidirectional,
+                                                    std::string_view mode, int64_t H) {
+  const auto stack = prepared_stack(prepared.vec(), bidirectional, mode, x.scalar_type(), x.size(2), H, h0.size(2));
+  auto [y, h_n, c_n] = stack->run(x, h0, c0, contiguous(lengths));
+  return {y, h_n, or_empty(c_n, x.options())};
 }
 
 TORCH_LIBRARY_IMPL(rnnattn_native, CPU, m) {
@@ -196,4 +225,12 @@ TORCH_LIBRARY_IMPL(rnnattn_native, CPU, m) {
 }
 
 }  // namespace
+
+std::unique_ptr<PreparedStack> prepared_stack(std::vector<Tensor> prepared, bool bidirectional, std::string_view mode,
+                                              at::ScalarType dtype, int64_t I, int64_t H, int64_t R) {
+  return dispatch_accumulation(dtype, [&](auto zero) -> std::unique_ptr<PreparedStack> {
+    return std::make_unique<Stack<decltype(zero)>>(prepared, bidirectional ? 2 : 1, parse_mode(mode), I, H, R);
+  });
+}
+
 }  // namespace rnnattn

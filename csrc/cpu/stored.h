@@ -10,24 +10,24 @@ using rnnattn::Stored;
 
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 
-inline IntVec bits(FloatVec v) { return (IntVec)v; }  // a cast of vectors keeps the bits
-inline FloatVec from_bits(IntVec v) { return (FloatVec)v; }
+RNNATTN_INLINE IntVec bits(FloatVec v) { return (IntVec)v; }  // a cast of vectors keeps the bits
+RNNATTN_INLINE FloatVec from_bits(IntVec v) { return (FloatVec)v; }
 
-inline FloatVec from_bfloat16(IntVec stored) { return from_bits(stored << 16); }
+RNNATTN_INLINE FloatVec from_bfloat16(IntVec stored) { return from_bits(stored << 16); }
 
-inline IntVec to_bfloat16(FloatVec v) {
+RNNATTN_INLINE IntVec to_bfloat16(FloatVec v) {
   const IntVec b = bits(v), rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
   return v == v ? (rounded & 0xffff) : (IntVec{} + 0x7fc0);
 }
 
 // The exponent is rebiased by a product with 2^112, which gets subnormal numbers right as well.
-inline FloatVec from_half(IntVec stored) {
+RNNATTN_INLINE FloatVec from_half(IntVec stored) {
   const IntVec magnitude = (stored & 0x7fff) << 13, sign = (stored & 0x8000) << 16;
   const IntVec finite = bits(from_bits(magnitude) * 0x1p112f);
   return from_bits((magnitude >= (0x7c00 << 13) ? (magnitude | 0x7f800000) : finite) | sign);
 }
 
-inline IntVec to_half(FloatVec v) {
+RNNATTN_INLINE IntVec to_half(FloatVec v) {
   const IntVec b = bits(v), magnitude = b & 0x7fffffff, sign = (b >> 16) & 0x8000;
   const IntVec normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   const IntVec subnormal = bits(from_bits(magnitude) + 0.5f) - (126 << 23);  // adding 1/2 rounds at 2^-24
@@ -37,7 +37,7 @@ inline IntVec to_half(FloatVec v) {
 }
 
 // Lanes [0, n) of the elements from index on.
-inline FloatVec load_stored(Stored stored, const void* base, int64_t index, int64_t n, float) {
+RNNATTN_INLINE FloatVec load_stored(Stored stored, const void* base, int64_t index, int64_t n, float) {
   if (stored == Stored::kFull) return load(static_cast<const float*>(base) + index, n);
   HalfBits narrow{};
   const uint16_t* p = static_cast<const uint16_t*>(base) + index;
@@ -47,17 +47,17 @@ inline FloatVec load_stored(Stored stored, const void* base, int64_t index, int6
   return stored == Stored::kBFloat16 ? from_bfloat16(wide) : from_half(wide);
 }
 
-inline DoubleVec load_stored(Stored, const void* base, int64_t index, int64_t n, double) {
+RNNATTN_INLINE DoubleVec load_stored(Stored, const void* base, int64_t index, int64_t n, double) {
   return load(static_cast<const double*>(base) + index, n);
 }
 
 template <typename F>
-inline Vec<F> load_stored(Stored stored, const void* base, int64_t index, int64_t n) {
+RNNATTN_INLINE Vec<F> load_stored(Stored stored, const void* base, int64_t index, int64_t n) {
   return load_stored(stored, base, index, n, F{});
 }
 
 // Returns what was stored, as F: v itself, or v rounded.
-inline FloatVec store_as(Stored stored, void* base, int64_t index, FloatVec v, int64_t n) {
+RNNATTN_INLINE FloatVec store_as(Stored stored, void* base, int64_t index, FloatVec v, int64_t n) {
   if (stored == Stored::kFull) {
     store<float>(static_cast<float*>(base) + index, v, n);
     return v;
@@ -70,7 +70,7 @@ inline FloatVec store_as(Stored stored, void* base, int64_t index, FloatVec v, i
   return stored == Stored::kBFloat16 ? from_bfloat16(rounded) : from_half(rounded);
 }
 
-inline DoubleVec store_as(Stored, void* base, int64_t index, DoubleVec v, int64_t n) {
+RNNATTN_INLINE DoubleVec store_as(Stored, void* base, int64_t index, DoubleVec v, int64_t n) {
   store<double>(static_cast<double*>(base) + index, v, n);
   return v;
 }

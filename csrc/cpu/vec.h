@@ -31,18 +31,21 @@ template <> struct VecOf<double> { using type = DoubleVec; };
 template <typename F> using Vec = typename VecOf<F>::type;
 template <typename F> constexpr int64_t kLanes = kVectorBytes / sizeof(F);
 
-template <typename F> inline Vec<F> load(const F* p) { Vec<F> v; std::memcpy(&v, p, sizeof v); return v; }
-template <typename F> inline void store(F* p, Vec<F> v) { std::memcpy(p, &v, sizeof v); }
-template <typename F> inline Vec<F> splat(F a) { return a - Vec<F>{}; }  // 0 + a would add: -0 + 0 is 0
+// Left to itself the compiler calls the functions below one after the other; inline, the chains of several overlap.
+#define RNNATTN_INLINE [[gnu::always_inline]] inline
+
+template <typename F> RNNATTN_INLINE Vec<F> load(const F* p) { Vec<F> v; std::memcpy(&v, p, sizeof v); return v; }
+template <typename F> RNNATTN_INLINE void store(F* p, Vec<F> v) { std::memcpy(p, &v, sizeof v); }
+template <typename F> RNNATTN_INLINE Vec<F> splat(F a) { return a - Vec<F>{}; }  // 0 + a would add: -0 + 0 is 0
 
 // The first n lanes; the others are zero (load) or left alone (store).
-template <typename F> inline Vec<F> load(const F* p, int64_t n) {
+template <typename F> RNNATTN_INLINE Vec<F> load(const F* p, int64_t n) {
   if (n == kLanes<F>) return load(p);
   Vec<F> v{};
   std::memcpy(&v, p, n * sizeof(F));
   return v;
 }
-template <typename F> inline void store(F* p, Vec<F> v, int64_t n) {
+template <typename F> RNNATTN_INLINE void store(F* p, Vec<F> v, int64_t n) {
   if (n == kLanes<F>) return store<F>(p, v);
   std::memcpy(p, &v, n * sizeof(F));
 }
@@ -65,7 +68,7 @@ template <typename F> inline F total(Vec<F> v) {
 }
 
 // In [low, high]; NaN stays.
-inline FloatVec clamp(FloatVec x, float low, float high) {
+RNNATTN_INLINE FloatVec clamp(FloatVec x, float low, float high) {
 #if defined(__AVX512F__)
   return (FloatVec)_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), (__m512)x));
 #else
@@ -80,7 +83,7 @@ struct Exponential {
   FloatVec k, r_exp;
 };
 
-inline Exponential exponential(FloatVec x) {
+RNNATTN_INLINE Exponential exponential(FloatVec x) {
   const FloatVec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const FloatVec k = (x * 1.44269504f + magic) - magic;
   FloatVec r = x - k * 0.693359375f;
@@ -94,7 +97,7 @@ inline Exponential exponential(FloatVec x) {
 }
 
 // x 2^k for integers k that leave a normal number.
-inline FloatVec scale(FloatVec x, FloatVec k) {
+RNNATTN_INLINE FloatVec scale(FloatVec x, FloatVec k) {
 #if defined(__AVX512F__)
   return (FloatVec)_mm512_scalef_ps((__m512)x, (__m512)k);
 #else
@@ -103,14 +106,14 @@ inline FloatVec scale(FloatVec x, FloatVec k) {
 }
 
 // Arguments are clamped to where the result is a normal number: pre-activations beyond saturate anyway.
-inline FloatVec exp(FloatVec x) {
+RNNATTN_INLINE FloatVec exp(FloatVec x) {
   const Exponential e = exponential(clamp(x, -87.0f, 88.0f));
   return scale(e.r_exp + 1.0f, e.k);
 }
 
 // 1 / x to an ulp or so. A division takes a core with AVX-512 as long as ten multiply-adds; its
 // estimate of 14 bits doubles them in one step of Newton's.
-inline FloatVec reciprocal(FloatVec x) {
+RNNATTN_INLINE FloatVec reciprocal(FloatVec x) {
 #if defined(__AVX512F__)
   const FloatVec estimate = (FloatVec)_mm512_rcp14_ps((__m512)x);
   return estimate + estimate * (1.0f - x * estimate);
@@ -119,10 +122,10 @@ inline FloatVec reciprocal(FloatVec x) {
 #endif
 }
 
-inline FloatVec sigmoid(FloatVec x) { return reciprocal(1.0f + exp(-x)); }
+RNNATTN_INLINE FloatVec sigmoid(FloatVec x) { return reciprocal(1.0f + exp(-x)); }
 
 // m / (m + 2) with m = e^2x - 1 = 2^k (e^r - 1) + (2^k - 1), which keeps the leading digits near zero.
-inline FloatVec tanh(FloatVec x) {
+RNNATTN_INLINE FloatVec tanh(FloatVec x) {
   const Exponential e = exponential(clamp(x + x, -40.0f, 40.0f));
   const FloatVec two_k = scale(splat(1.0f), e.k), m = e.r_exp * two_k + (two_k - 1.0f);
   return m * reciprocal(m + 2.0f);

@@ -18,3 +18,12 @@ def is_eager(x: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def is_last_use() -> bool:
+    """Whether the backward that runs now is the last one of its graph: what was saved for it may be overwritten.
+
+    True unless it runs with `retain_graph=True`.
+    """
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()

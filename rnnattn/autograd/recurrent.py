@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rnnattn import backends
-from rnnattn.autograd.eager import is_eager
+from rnnattn.autograd.eager import is_eager, is_last_use
 from rnnattn.reference import CELLS, DIRECTIONS, accumulation_dtype, split_weights
 
 torch.library.define(
@@ -65,11 +65,12 @@ def _forward_fake(  # type: ignore[no-untyped-def]
 
 def _backward(  # type: ignore[no-untyped-def]
     dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
-    needs_dx, needs_dweights, backend,
+    needs_dx, needs_dweights, backend, overwrites_gates=False,
 ):  # fmt: skip
+    """overwrites_gates: the backend may leave anything in them."""
     dx, dh0, dc0, dweights = backends.get(backend).recurrent_layer_backward(
         dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
-        needs_dx, needs_dweights,
+        needs_dx, needs_dweights, overwrites_gates,
     )  # fmt: skip
     return dx if needs_dx else x.new_empty(0), dh0, dc0, dweights if needs_dweights else []
 
@@ -117,22 +118,25 @@ class RecurrentLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy, dh_n, dc_n, _dgates, _dcells):  # type: ignore[no-untyped-def]
         needs = ctx.needs_input_grad
-        gradients = _gradients(ctx, dy, dh_n, dc_n, needs[0], any(needs[8:]))
+        gradients = _gradients(ctx, dy, dh_n, dc_n, needs[0], any(needs[8:]), own_gates=True)
         return *gradients[:3], None, None, None, None, None, *gradients[3]
 
 
 def _gradients(  # type: ignore[no-untyped-def]
-    ctx: Any, dy, dh_n, dc_n, needs_dx: bool, needs_dweights: bool
+    ctx: Any, dy, dh_n, dc_n, needs_dx: bool, needs_dweights: bool, own_gates: bool = False
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor | None]]:
-    """dx, dh0, dc0 and one gradient per weight."""
+    """dx, dh0, dc0 and one gradient per weight. own_gates: nobody has `gates` but this graph."""
     x, h0, c0, lengths, y, gates, cells, *weights = ctx.saved_tensors
     has_biases, direction, mode, backend = ctx.settings
-    # A gradient that is itself to be differentiated goes through the operator, which refuses.
-    run = _backward if is_eager(x) and not torch.is_grad_enabled() else torch.ops.rnnattn.recurrent_layer_backward
-    dx, dh0, dc0, dweights = run(
+    arguments = (
         dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
         needs_dx, needs_dweights, backend,
     )  # fmt: skip
+    # A gradient that is itself to be differentiated goes through the operator, which refuses.
+    if is_eager(x) and not torch.is_grad_enabled():
+        dx, dh0, dc0, dweights = _backward(*arguments, overwrites_gates=own_gates and is_last_use())
+    else:
+        dx, dh0, dc0, dweights = torch.ops.rnnattn.recurrent_layer_backward(*arguments)
     dx, dc0 = dx if needs_dx else None, None if c0 is None else dc0
     if not needs_dweights:
         return dx, dh0, dc0, [None] * len(weights)

@@ -98,6 +98,11 @@ def recording() -> Iterator[list[tuple[Call, Choice]]]:
         _record = previous
 
 
+def is_recording() -> bool:
+    """Whether a block of `recording` wants to know of every call."""
+    return _record is not None
+
+
 def select(call: Call) -> Choice:
     """The backend that runs a call, and why.
 
@@ -150,6 +155,7 @@ __all__ = [
     "Choice",
     "build_info",
     "get",
+    "is_recording",
     "objection",
     "recording",
     "select",

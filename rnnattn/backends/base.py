@@ -92,6 +92,7 @@ class Backend:
         mode: str,
         needs_dx: bool,
         needs_dweights: bool,
+        overwrites_gates: bool = False,
     ) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor] | None]:
         raise NotImplementedError
 

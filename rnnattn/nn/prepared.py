@@ -1,13 +1,14 @@
 """What `prepare_inference()` returns: a recurrent module for inference on a CPU, its weights packed once.
 
-One step takes tens of microseconds, so that single ones count in Python: arguments that the operator can
-take as they are go straight to it, the others through the checks and rearrangements of the module itself.
+One step takes tens of microseconds, so that single ones count in Python: arguments that can be taken as they
+are go straight to the kernels (csrc/prepared_call.cpp), the others through the checks and rearrangements of the
+module itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +32,30 @@ class _PackedWeights:
     """The weights of a stack in the order in which the operator reads them."""
 
     def __init__(
-        self, weights: list[Tensor], has_biases: bool, layers: int, bidirectional: bool, mode: str, precision: str
-    ) -> None:
+        self, weights: list[Tensor], has_biases: bool, layers: int, bidirectional: bool, mode: str, precision: str,
+        batch_first: bool, is_cell: bool,
+    ) -> None:  # fmt: skip
         dtype, G = weights[0].dtype, CELLS[mode].blocks
         if precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
         if precision != "float" and dtype == torch.float64:
             raise ValueError(f"precision: expected 'float' for float64 weights, got {precision!r}")
         packed = native().prepare_weights(weights, has_biases, layers, bidirectional, mode, precision)
-        self.operator = native().prepared_forward.default
-        self.rest = packed, bidirectional, mode, weights[0].shape[0] // G  # of the operator's arguments
+        K, H, R = 2 if bidirectional else 1, weights[0].shape[0] // G, weights[1].shape[1]
+        self.rest = packed, bidirectional, mode, H  # of the operator's arguments
+        self._of_call = weights[0].shape[1], (layers * K, R, H), batch_first, is_cell
         self.shapes = [torch.zeros((), dtype=dtype).expand(w.shape) for w in weights]  # for checks: one number each
-        self._settings = op_name(mode), G, has_biases, layers, 2 if bidirectional else 1
+        self._settings = op_name(mode), G, has_biases, layers, K
+        self._load()
+
+    def _load(self) -> None:
+        operator = native().prepared_forward.default  # which loads the extension
+        from rnnattn._C import PreparedCall
+
+        packed, bidirectional, mode, _ = self.rest
+        self._operator = operator
+        # (input, h, c) to (y, h_n, c_n) or (y, h_n); to None where `run` has to check something first.
+        self.call = PreparedCall(packed, bidirectional, mode, self.shapes[0], *self._of_call)
 
     def run(self, x: Tensor, h0: Tensor, c0: Tensor | None, lengths: Tensor | Sequence[int] | None = None) -> Outputs:
         """y, h_n and c_n after the checks of `functional.lstm`, and one for gradients; x is [T, B, I]."""
@@ -54,24 +67,26 @@ class _PackedWeights:
             )
         check_recurrent(op, G, x, h0, c0, self.shapes, has_biases, layers, K)
         lengths = checked_lengths(lengths, x.shape[1], x.shape[0], x.device)
-        y, h_n, c_n = self.operator(x, h0, c0, lengths, *self.rest)
+        y, h_n, c_n = self._operator(x, h0, c0, lengths, *self.rest)
         return y, h_n, None if c0 is None else c_n
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "operator"} | {"layout": _layout()}
+        left_out = ("_operator", "call")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out} | {"layout": _layout()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.operator = native().prepared_forward.default  # which loads the extension
         if (layout := state.pop("layout")) != _layout():
             raise RuntimeError(
                 f"prepared weights: expected the layout of {_layout()}, got one of {layout}; pickle the module instead "
                 "and call its prepare_inference() here"
             )
         self.__dict__.update(state)
+        self._load()
 
 
 def _layout() -> str:
     """What the order of packed weights depends on."""
+    native()
     return f"rnnattn {__version__} on {build_info()['isa']}"
 
 
@@ -82,8 +97,9 @@ class _Prepared(nn.Module):
     hidden_size: int
 
     def __init__(
-        self, module: nn.Module, names: list[str], mode: str, layers: int, bidirectional: bool, precision: str
-    ) -> None:
+        self, module: nn.Module, names: list[str], mode: str, layers: int, bidirectional: bool, precision: str,
+        batch_first: bool, is_cell: bool,
+    ) -> None:  # fmt: skip
         super().__init__()
         for name in module.__constants__:  # type: ignore[union-attr]  # input_size, hidden_size, ...
             setattr(self, name, getattr(module, name))
@@ -93,21 +109,10 @@ class _Prepared(nn.Module):
         self._has_c = CELLS[mode].has_c
         self._description = f"{type(module).__name__}({module.extra_repr()})"
         self._watch = WeightWatch(module, names)
-        self._weights = _PackedWeights(weights, bool(module.bias), layers, bidirectional, mode, precision)
+        self._weights = _PackedWeights(
+            weights, bool(module.bias), layers, bidirectional, mode, precision, batch_first, is_cell
+        )
         super().train(False)
-
-    def _plain(self, x: Any, h: Any, c: Any) -> bool:
-        """Whether these are the tensors of a call, of which nothing but the shapes is left to check; c is
-        None for a cell without it."""
-        dtype = self._dtype
-        if not (type(x) is type(h) is Tensor and x.dtype is h.dtype is dtype and x.is_cpu and h.is_cpu):
-            return False
-        if self._has_c:
-            if not (type(c) is Tensor and c.dtype is dtype and c.is_cpu):
-                return False
-        elif c is not None:
-            return False
-        return not torch.is_grad_enabled() or not wants_grad(x, h, c)
 
     def train(self, mode: bool = True) -> Any:
         """Raises RuntimeError where mode is True."""
@@ -218,10 +223,10 @@ class PreparedRecurrent(_Prepared):
                 "call eval() first"
             )
         names: list[str] = module._flat_weights_names
-        super().__init__(module, names, module.mode, module.num_layers, module.bidirectional, precision)
+        super().__init__(
+            module, names, module.mode, module.num_layers, module.bidirectional, precision, module.batch_first, False
+        )
         self.__dict__["_arguments"] = _StackArguments(module, self._weights)  # not as a submodule
-        R, LK = module.proj_size or module.hidden_size, module.num_layers * (2 if module.bidirectional else 1)
-        self._features = (LK, R, module.hidden_size)
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None, lengths: Any = None) -> Any:
         """Runs the stack: arguments, results and errors are those of the module's `forward`.
@@ -230,26 +235,13 @@ class PreparedRecurrent(_Prepared):
             RuntimeError: the module's weights have changed; or grad mode is on and an input requires grad.
         """
         self._watch.check()
-        h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
-        if hx is None and type(input) is Tensor and input.dim() == 3:
-            zeros = self._arguments._zero_states(input, input.shape[0 if self.batch_first else 1])
-            h0, c0 = zeros if self._has_c else (zeros[0], None)
-        if lengths is None and self._direct(input, h0, c0):
-            x = input.transpose(0, 1) if self.batch_first else input
-            y, h_n, c_n = self._weights.operator(x, h0, c0, None, *self._weights.rest)
-            return y.transpose(0, 1) if self.batch_first else y, (h_n, c_n) if self._has_c else h_n
-        output, states = self._arguments._run(input, hx if self._has_c or hx is None else (hx,), lengths)
+        if lengths is None:
+            h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
+            results = self._weights.call(input, h0, c0)
+            if results is not None:
+                return (results[0], results[1:]) if self._has_c else results
+        output, states = self._arguments._run_checked(input, hx if self._has_c or hx is None else (hx,), lengths)
         return output, states if self._has_c else states[0]
-
-    def _direct(self, input: Any, h0: Any, c0: Any) -> TypeGuard[Tensor]:
-        """Whether the operator can take the arguments as they are, or (batch_first) with two axes swapped."""
-        if not self._plain(input, h0, c0):
-            return False
-        shape, (LK, R, H) = input.shape, self._features
-        if len(shape) != 3 or shape[2] != self.input_size:
-            return False
-        B, T = (shape[0], shape[1]) if self.batch_first else (shape[1], shape[0])
-        return T > 0 and h0.shape == (LK, B, R) and (c0 is None or c0.shape == (LK, B, H))
 
 
 class PreparedCell(_Prepared):
@@ -260,7 +252,7 @@ class PreparedCell(_Prepared):
 
     def __init__(self, cell: _Cell, precision: str = "float") -> None:
         names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if cell.bias else [])]
-        super().__init__(cell, names, cell._mode, 1, False, precision)
+        super().__init__(cell, names, cell._mode, 1, False, precision, False, True)
         self.__dict__["_arguments"] = _CellArguments(cell, self._weights)  # not as a submodule
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
@@ -271,23 +263,11 @@ class PreparedCell(_Prepared):
         """
         self._watch.check()
         h, c = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
-        if self._direct(input, h, c):
-            _, h, c = self._weights.operator(
-                input[None], h[None], c if c is None else c[None], None, *self._weights.rest
-            )
-            return (h[0], c[0]) if self._has_c else h[0]
+        results = self._weights.call(input, h, c)
+        if results is not None:
+            return results[1:] if self._has_c else results[1]
         states = self._arguments._run(input, hx)
         return states if self._has_c else states[0]
-
-    def _direct(self, input: Any, h: Any, c: Any) -> TypeGuard[Tensor]:
-        """Whether the operator can take the arguments as they are, but for an axis of time."""
-        if not self._plain(input, h, c):
-            return False
-        shape = input.shape
-        if len(shape) != 2 or shape[1] != self.input_size:
-            return False
-        expected = (shape[0], self.hidden_size)
-        return h.shape == expected and (c is None or c.shape == expected)
 
 
 # A compiled model calls them uncompiled: the watch looks at memory. What torch.compiler.disable sets;

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from rnnattn import backends
+from rnnattn.autograd.eager import is_eager
 from rnnattn.functional import NONLINEARITIES
-from rnnattn.stack import run_stack
+from rnnattn.stack import run_stack, takes_cpp
 
 if TYPE_CHECKING:
     from rnnattn.nn.prepared import PreparedRecurrent
@@ -27,6 +30,7 @@ class _Recurrent(nn.RNNBase):
     _names: tuple[str, ...] = ("hx",)  # of the states
     _kind: str  # as messages call the module
     _suffix = ""
+    _passed: Any = None  # the signature of a call that has passed all checks, see _like_before
 
     def prepare_inference(self, precision: str = "float") -> PreparedRecurrent:
         """A module for inference on a CPU, called as this one is, with a packed copy of the weights.
@@ -52,6 +56,40 @@ class _Recurrent(nn.RNNBase):
     ) -> tuple[Tensor | PackedSequence, States]:
         """output and the final states; hx holds the initial states, or is None for zeros."""
         self._update_flat_weights()
+        signature = None
+        if lengths is None and self.num_layers == 1 and not torch.is_grad_enabled():
+            signature = _signature(input, hx, self._flat_weights)
+            if signature is not None and signature == self._passed:
+                return self._like_before(input, hx)
+        results = self._run_checked(input, hx, lengths)
+        if signature is not None and isinstance(input, Tensor) and takes_cpp(self.mode, input, self.hidden_size):
+            self._passed = signature
+        return results
+
+    def _update_flat_weights(self) -> None:
+        """Does what nn.RNNBase's does, which takes five times as long to find that nothing has changed."""
+        own = self._parameters
+        for ref, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
+            if ref is None or ref() is not own.get(name):
+                return super()._update_flat_weights()
+
+    def _like_before(self, input: Any, hx: Any) -> tuple[Tensor, States]:
+        """A call of one layer without gradients, like the last one but for its numbers, which the C++ kernels run.
+
+        The checks take longer than a small layer's step.
+        """
+        x = input.transpose(0, 1) if self.batch_first else input
+        h0, *c0 = self._zero_states(x, x.shape[1]) if hx is None else hx
+        direction = "bidirectional" if self.bidirectional else "forward"
+        weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
+        y, h_n, c_n, _, _ = backends.get("cpp").recurrent_layer_forward(
+            x, h0, c0[0] if c0 else None, weights, None, self.bias, direction, self.mode, False
+        )
+        return y.transpose(0, 1) if self.batch_first else y, (h_n, c_n) if c0 else (h_n,)
+
+    def _run_checked(
+        self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | Sequence[int] | None
+    ) -> tuple[Tensor | PackedSequence, States]:
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(f"{self._kind}: expected no lengths with a PackedSequence, which has its own")
@@ -132,6 +170,19 @@ class _Recurrent(nn.RNNBase):
         if len(self._names) == 1:
             return (h0,)
         return h0, h0 if not self.proj_size else input.new_zeros(layers, B, self.hidden_size)
+
+
+def _signature(input: Any, hx: Any, weights: Any) -> Any:
+    """What the checks of a call and the choice of its backend depend on; None where that is more than tensors tell."""
+    states = () if hx is None else hx
+    if type(states) is not tuple or type(input) is not Tensor or input.dim() != 3 or not is_eager(input):
+        return None
+    if torch.is_autocast_enabled("cpu") or backends.is_recording():
+        return None
+    tensors = (input, *states, *weights)
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return None
+    return backends.selected(), len(states), [(t.shape, t.dtype, t.device) for t in tensors]
 
 
 class LSTM(_Recurrent):
