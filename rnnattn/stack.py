@@ -98,11 +98,11 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def takes_cpp(mode: str, input: Tensor, hidden: int) -> bool:
-    """Whether a call of one layer without lengths and gradients runs on backend cpp."""
+def takes_cpp(mode: str, input: Tensor, hidden: int, grad: bool) -> bool:
+    """Whether a call of one layer without lengths runs on backend cpp."""
     B, T, I = input.shape
     call = Call(
-        op_name(mode), input.device.type, input.dtype, B, T, I, hidden, 1, 1, 0, False, False,
+        op_name(mode), input.device.type, input.dtype, B, T, I, hidden, 1, 1, 0, False, grad,
         torch.compiler.is_compiling(),
     )  # fmt: skip
     return backends.select(call).backend == "cpp"

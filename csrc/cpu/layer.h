@@ -10,6 +10,7 @@
 
 #include "../optional_tensor.h"
 #include "barrier.h"
+#include "huge_pages.h"
 #include "isa.h"
 #include "plan.h"
 #include "team.h"
@@ -76,7 +77,7 @@ struct PackedMatrix {
   }
 
   void allocate() {
-    panels = at::empty({size()}, packing.panel == Panel::kFull ? c10::CppTypeToScalarType<F>::value : at::kInt);
+    panels = in_huge_pages(at::empty({size()}, packing.panel == Panel::kFull ? c10::CppTypeToScalarType<F>::value : at::kInt));
   }
 
   const void* data() const { return panels.defined() ? panels.const_data_ptr() : nullptr; }

@@ -38,6 +38,13 @@ struct Slots {
   }
 };
 
+// out = the sum over the rows of a_i (x) b_i; for a single one a GEMM takes longer than writing it does.
+Tensor outer_into(Tensor out, const Tensor& a, const Tensor& b) {
+  return a.size(0) == 1 ? at::mul_out(out, a.t(), b) : at::mm_out(out, a.t(), b);
+}
+
+Tensor outer_sum(const Tensor& a, const Tensor& b) { return outer_into(at::empty({a.size(1), b.size(1)}, a.options()), a, b); }
+
 // sum over all steps of d_t (x) h_{t-1}, [columns of d, R].
 template <typename F>
 Tensor state_product(const Tensor& d, const Tensor& y, const Tensor& h0, const RowOrder& order, bool reverse) {
@@ -48,9 +55,9 @@ Tensor state_product(const Tensor& d, const Tensor& y, const Tensor& h0, const R
     const Tensor h_prev = at::empty({order.slots, R}, y.options());
     h_prev.index_copy_(0, slots.first, h0.index_select(0, slots.rows));
     h_prev.index_copy_(0, slots.others, y.reshape({T * B, R}).index_select(0, slots.before));
-    return at::mm(d.t(), h_prev.to(acc));
+    return outer_sum(d, h_prev.to(acc));
   }
-  const Tensor sum = at::mm(d.narrow(0, reverse ? (T - 1) * B : 0, B).t(), h0.to(acc));
+  const Tensor sum = outer_sum(d.narrow(0, reverse ? (T - 1) * B : 0, B), h0.to(acc));
   if (T > 1) sum.addmm_(d.narrow(0, reverse ? 0 : B, (T - 1) * B).t(), y.narrow(0, reverse, T - 1).reshape({(T - 1) * B, R}).to(acc));
   return sum;
 }
@@ -146,10 +153,8 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
       }
     if (!needs_dweights) continue;
     Tensor dw_ih = at::empty({used * H, I}, full);
-    for (const Part& part : parts_x) {
-      Tensor rows_of_part = dw_ih.narrow(0, part.row, part.n);
-      at::mm_out(rows_of_part, d.narrow(1, part.column, part.n).t(), x_packed);
-    }
+    for (const Part& part : parts_x)
+      outer_into(dw_ih.narrow(0, part.row, part.n), d.narrow(1, part.column, part.n), x_packed);
     dweights.push_back(dw_ih.to(dtype));
     dweights.push_back(state_product<F>(d_h, y.narrow(2, k * R, R), h0[k], order, reverses[k]).to(dtype));
     if (has_biases) {

@@ -183,7 +183,11 @@ def recurrent_layer(
     states = (h0,) if c0 is None else (h0, c0)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights)):
         y, h_n, c_n, _, _ = RecurrentLayer.apply(x, h0, c0, lengths, has_biases, direction, mode, backend, *weights)
+    elif is_eager(x):
+        run = backends.get(backend).recurrent_layer_forward
+        y, h_n, c_n, _, _ = run(x, h0, c0, weights, lengths, has_biases, direction, mode, False)
     else:
-        run = _forward if is_eager(x) else torch.ops.rnnattn.recurrent_layer
-        y, h_n, c_n, _, _ = run(x, h0, c0, weights, lengths, has_biases, direction, mode, False, backend)
+        y, h_n, c_n, _, _ = torch.ops.rnnattn.recurrent_layer(
+            x, h0, c0, weights, lengths, has_biases, direction, mode, False, backend
+        )
     return y, h_n, None if c0 is None else c_n

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from rnnattn import backends
+from rnnattn import autograd, backends
 from rnnattn.autograd.eager import is_eager
 from rnnattn.functional import NONLINEARITIES
-from rnnattn.stack import run_stack, takes_cpp
+from rnnattn.stack import run_stack, takes_cpp, wants_grad
 
 if TYPE_CHECKING:
     from rnnattn.nn.prepared import PreparedRecurrent
@@ -57,12 +57,12 @@ class _Recurrent(nn.RNNBase):
         """output and the final states; hx holds the initial states, or is None for zeros."""
         self._update_flat_weights()
         signature = None
-        if lengths is None and self.num_layers == 1 and not torch.is_grad_enabled():
+        if lengths is None and self.num_layers == 1:
             signature = _signature(input, hx, self._flat_weights)
             if signature is not None and signature == self._passed:
                 return self._like_before(input, hx)
         results = self._run_checked(input, hx, lengths)
-        if signature is not None and isinstance(input, Tensor) and takes_cpp(self.mode, input, self.hidden_size):
+        if signature is not None and isinstance(input, Tensor) and self._takes_cpp(input, hx):
             self._passed = signature
         return results
 
@@ -73,8 +73,12 @@ class _Recurrent(nn.RNNBase):
             if ref is None or ref() is not own.get(name):
                 return super()._update_flat_weights()
 
+    def _takes_cpp(self, input: Tensor, hx: Any) -> bool:
+        states, weights = hx or (), self._flat_weights
+        return takes_cpp(self.mode, input, self.hidden_size, wants_grad(input, *states, *weights))
+
     def _like_before(self, input: Any, hx: Any) -> tuple[Tensor, States]:
-        """A call of one layer without gradients, like the last one but for its numbers, which the C++ kernels run.
+        """A call of one layer that is like one before but for its numbers, and runs on the C++ kernels.
 
         The checks take longer than a small layer's step.
         """
@@ -82,10 +86,10 @@ class _Recurrent(nn.RNNBase):
         h0, *c0 = self._zero_states(x, x.shape[1]) if hx is None else hx
         direction = "bidirectional" if self.bidirectional else "forward"
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
-        y, h_n, c_n, _, _ = backends.get("cpp").recurrent_layer_forward(
-            x, h0, c0[0] if c0 else None, weights, None, self.bias, direction, self.mode, False
+        y, h_n, c_n = autograd.recurrent_layer(
+            x, h0, c0[0] if c0 else None, weights, None, self.bias, direction, self.mode, "cpp"
         )
-        return y.transpose(0, 1) if self.batch_first else y, (h_n, c_n) if c0 else (h_n,)
+        return y.transpose(0, 1) if self.batch_first else y, (h_n,) if c_n is None else (h_n, c_n)
 
     def _run_checked(
         self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | Sequence[int] | None
@@ -182,7 +186,8 @@ def _signature(input: Any, hx: Any, weights: Any) -> Any:
     tensors = (input, *states, *weights)
     if not all(isinstance(t, Tensor) for t in tensors):
         return None
-    return backends.selected(), len(states), [(t.shape, t.dtype, t.device) for t in tensors]
+    grad = torch.is_grad_enabled()
+    return backends.selected(), len(states), [(t.shape, t.dtype, t.device, grad and t.requires_grad) for t in tensors]
 
 
 class LSTM(_Recurrent):
