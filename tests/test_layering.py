@@ -173,7 +173,11 @@ def test_the_rules_see_what_they_should(part, package, source, reason):
 
 # Files of csrc, as a pattern of their path -> what they may not include, and why.
 FORBIDDEN_HEADERS = (
-    (r"(?!bindings\.cpp$).*", r"pybind11/|torch/extension\.h|torch/python\.h|Python\.h", "pybind11: bindings.cpp only"),
+    (
+        r"(?!(bindings|prepared_call)\.).*",
+        r"pybind11/|torch/extension\.h|torch/python\.h|Python\.h",
+        "pybind11: bindings only",
+    ),
     (r"cpu/(.*_kernel\.h|kernels\.cpp)", r"torch/|ATen/|c10/", "knows no torch"),
     (r"cuda/.*\.cuh", r"torch/|ATen/|c10/", "device code: CUDA's own headers only"),
     (r"cuda/.*", r"ATen/|c10/|torch/(?!csrc/stable/|csrc/inductor/aoti_torch/c/shim|headeronly/)", "stable headers"),
@@ -216,6 +220,7 @@ def test_what_is_compiled_per_instruction_set_reaches_no_torch_header():
     "name, header, allowed",
     [
         ("bindings.cpp", "pybind11/pybind11.h", True),
+        ("prepared_call.cpp", "pybind11/pybind11.h", True),
         ("ops.cpp", "pybind11/pybind11.h", False),
         ("ops.cpp", "torch/library.h", True),
         ("cpu/lstm.cpp", "torch/extension.h", False),

@@ -35,6 +35,14 @@ def native() -> Any:
     return torch.ops.rnnattn_native
 
 
+def prepared_call(*arguments: Any) -> Any:
+    """A `PreparedCall` of the compiled extension (csrc/prepared_call.cpp)."""
+    native()
+    from rnnattn import _C
+
+    return _C.PreparedCall(*arguments)
+
+
 def build_info() -> dict[str, object]:
     """Compiler, flags, instruction sets and CUDA architectures of the compiled extension."""
     from rnnattn import _C

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnattn._version import __version__
-from rnnattn.backends.cpp import build_info, native
+from rnnattn.backends.cpp import build_info, native, prepared_call
 from rnnattn.checks import check_recurrent, checked_lengths
 from rnnattn.nn.cells import _Cell
 from rnnattn.nn.recurrent import States, _Recurrent
@@ -49,13 +49,10 @@ class _PackedWeights:
         self._load()
 
     def _load(self) -> None:
-        operator = native().prepared_forward.default  # which loads the extension
-        from rnnattn._C import PreparedCall
-
         packed, bidirectional, mode, _ = self.rest
-        self._operator = operator
+        self._operator = native().prepared_forward.default
         # (input, h, c) to (y, h_n, c_n) or (y, h_n); to None where `run` has to check something first.
-        self.call = PreparedCall(packed, bidirectional, mode, self.shapes[0], *self._of_call)
+        self.call = prepared_call(packed, bidirectional, mode, self.shapes[0], *self._of_call)
 
     def run(self, x: Tensor, h0: Tensor, c0: Tensor | None, lengths: Tensor | Sequence[int] | None = None) -> Outputs:
         """y, h_n and c_n after the checks of `functional.lstm`, and one for gradients; x is [T, B, I]."""
