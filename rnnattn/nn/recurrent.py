@@ -179,9 +179,9 @@ class _Recurrent(nn.RNNBase):
 def _signature(input: Any, hx: Any, weights: Any) -> Any:
     """What the checks of a call and the choice of its backend depend on; None where that is more than tensors tell."""
     states = () if hx is None else hx
-    if type(states) is not tuple or type(input) is not Tensor or input.dim() != 3 or not is_eager(input):
+    if type(states) is not tuple or type(input) is not Tensor or not input.is_cpu or input.dim() != 3:
         return None
-    if torch.is_autocast_enabled("cpu") or backends.is_recording():
+    if not is_eager(input) or torch.is_autocast_enabled("cpu") or backends.is_recording():
         return None
     tensors = (input, *states, *weights)
     if not all(isinstance(t, Tensor) for t in tensors):
