@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "cpu/workspace.h"
 #include "prepared_call.h"
 
 namespace py = pybind11;
@@ -36,5 +37,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of rnnattn.";
   m.def("build_info", &build_info,
         "compiler, flags, isa (in use), isas (compiled) and cuda (architectures, empty without CUDA)");
+  m.def("empty_cache", &rnnattn::empty_workspace_cache, "Frees the memory that is kept for the next call; its bytes.");
   rnnattn::bind_prepared_call(m);
 }

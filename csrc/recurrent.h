@@ -117,6 +117,7 @@ struct BackwardScan {
   F* dh;              // [B, R] in: gradient of h_n; out: of h0
   F* dc;              // [B, H] in: gradient of c_n; out: of c0
   F* d_gates;         // [slots, gate columns * H] out
+  F* d_bias;          // [gate columns * H] the group's sum of d_gates is added to it, or null
   F* dh_out;          // [slots, R] out, the whole gradient of h_t; null without projection
 };
 

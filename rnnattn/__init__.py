@@ -12,7 +12,7 @@ if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
 
 from rnnattn import functional
 from rnnattn._version import __version__
-from rnnattn.backends import BackendError, use_backend
+from rnnattn.backends import BackendError, empty_cache, use_backend
 from rnnattn.inspection import explain, show_config
 from rnnattn.models import SequenceClassifier
 from rnnattn.nn import GRU, LSTM, RNN, AttentionPool, GRUCell, LSTMCell, RNNCell
@@ -30,6 +30,7 @@ __all__ = [
     "SequenceClassifier",
     "SwapReport",
     "__version__",
+    "empty_cache",
     "explain",
     "functional",
     "show_config",

@@ -21,7 +21,7 @@ class Backward {
 
  public:
   Backward(const BackwardScan<F>& scan, const Member<F>& member)
-      : p(scan), m(member), d_rows(member.pointers), dh_rows(d_rows + p.rows.n), columns(gate_columns(p.mode) * p.H) {}
+      : p(scan), m(member), d_rows(member.pointers), dh_rows(d_rows + p.rows.n), columns(gate_columns(p.mode) * p.H), lines(p.w_hh) {}
 
   void run() {
     const int64_t steps = scan_steps(p.rows);
@@ -80,19 +80,14 @@ class Backward {
   // the hardware to foresee.
   Lines lines_of_cells(int64_t block, int64_t step, int64_t first, int64_t rows) {
     const int64_t unit = block * V * L, element = p.stored == Stored::kFull ? sizeof(F) : 2;
-    int64_t n = 0;
-    const auto add = [&](const void* base, int64_t index, int64_t size) {
-      const char* from = static_cast<const char*>(base) + index * size;
-      for (int64_t at = 0; at < V * L * size; at += 64) lines[n++] = from + at;
-    };
+    lines.clear();
     for (int64_t i = first; i < first + rows; ++i) {
       const int64_t t = time_of(p.rows, i, step), b = p.rows.row[i], at = t * p.B + b;
-      for (int64_t g = 0; p.gates && g < gate_columns(p.mode); ++g) add(p.gates, at * columns + g * p.H + unit, element);
-      if (p.dy) add(p.dy, t * p.dy_step + b * p.dy_row + unit, element);
-      if (p.cells && step) add(p.cells, (time_of(p.rows, i, step - 1) * p.B + b) * p.H + unit, sizeof(F));
+      for (int64_t g = 0; p.gates && g < gate_columns(p.mode); ++g) lines.add(p.gates, at * columns + g * p.H + unit, element, V * L);
+      if (p.dy) lines.add(p.dy, t * p.dy_step + b * p.dy_row + unit, element, V * L);
+      if (p.cells && step) lines.add(p.cells, (time_of(p.rows, i, step - 1) * p.B + b) * p.H + unit, sizeof(F), V * L);
     }
-    while (n < kDepth) lines[n++] = p.w_hh;
-    return {lines};
+    return lines.fetched();
   }
 
   void point_at_later_step(int64_t step, int64_t later) {
@@ -155,15 +150,15 @@ class Backward {
     const F *c = nullptr, *c_prev = nullptr;
     if (p.cells) c = p.cells + at * p.H, c_prev = step ? p.cells + before * p.H : p.c0 + b * p.H;
     Cell::template backward<F>({unit, n, p.H, p.stored, p.gates, at * columns, c, c_prev, h, h_prev, p.dc + b * p.H,
-                                p.d_gates + slot_of(p.rows, i, t) * columns, p.dh + b * p.R}, dh);
+                                p.d_gates + slot_of(p.rows, i, t) * columns, p.d_bias, p.dh + b * p.R}, dh);
   }
 
   const BackwardScan<F>& p;
   const Member<F>& m;
-  static_assert(kRows<V> * V * 6 <= kDepth);  // lines of a tile
-  const void* lines[kDepth];
   const F **d_rows, **dh_rows;
   const int64_t columns;
+  static_assert(kRows<V> * V * 6 <= kDepth);
+  LineList lines;  // of a tile
 };
 
 template <typename F>

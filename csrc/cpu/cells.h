@@ -38,10 +38,14 @@ struct BackwardUnits {
   Vec<F> h, h_prev;  // states after and before the step
   F* dc;             // in: gradient of c; out: of c_prev
   F* d_gates;        // out
+  F* d_bias;         // added to: the sum of d_gates, or null
   F* carry;          // out: the part of the gradient of h_prev that takes no product
 
   Vec<F> gate(int g) const { return load_stored<F>(stored, gates, gates_at + g * H + unit, n); }
-  void put(int column, Vec<F> value) const { store<F>(d_gates + column * H + unit, value, n); }
+  void put(int column, Vec<F> value) const {
+    store<F>(d_gates + column * H + unit, value, n);
+    if (d_bias) store<F>(d_bias + column * H + unit, load(d_bias + column * H + unit, n) + value, n);
+  }
 };
 
 // V vectors of pre-activations per block of units: kGates for each of kUnits vectors of units.

@@ -23,7 +23,7 @@ class Forward {
 
  public:
   Forward(const ForwardScan<F>& scan, const Member<F>& member)
-      : p(scan), m(member), h_rows(member.pointers), raw_rows(h_rows + p.rows.n), x_rows(raw_rows + p.rows.n) {}
+      : p(scan), m(member), h_rows(member.pointers), raw_rows(h_rows + p.rows.n), x_rows(raw_rows + p.rows.n), lines(p.w_hh) {}
 
   void run() {
     const int64_t steps = scan_steps(p.rows);
@@ -46,9 +46,10 @@ class Forward {
           const auto put = [&](int64_t first, int64_t rows, const F* sums) {
             units(block, step, first, rows, gates_x + first * kBlock, sums);
           };
-          if (p.w_hh)
-            for_products<V, F, W>({h_rows, p.R, w_hh(block), ahead ? w_hh(next) : w_ih(next), scale(p.scale_hh, block)}, 0, running, put);
-          else for_unpacked(block, running, put);
+          const Product<F, W> product{h_rows, p.R, w_hh(block), ahead ? w_hh(next) : w_ih(next), scale(p.scale_hh, block)};
+          if (!p.w_hh) for_unpacked(block, running, put);
+          else if (!p.gates) for_products<V, F, W>(product, 0, running, put);
+          else for_products<V, F, W>(product, 0, running, [&](int64_t i, int64_t rows) { return lines_of_cells(block, step, i, rows); }, put);
         }
         if (p.w_hr) project(step, running);
         wait();
@@ -84,6 +85,20 @@ class Forward {
     const F* bias = p.bias ? p.bias + block * kBlock : nullptr;
     if (p.w_ih) multiply<V, F, W>({x_rows, p.I, w_ih(block), ahead, scale(p.scale_ih, block)}, 0, n, bias, out);
     else multiply_unpacked(p.unpacked_ih, block, x_rows, n, bias, out);
+  }
+
+  // What the cells of a tile are to write besides y, which the next step reads: memory that nobody has touched for long.
+  Lines lines_of_cells(int64_t block, int64_t step, int64_t first, int64_t rows) {
+    const int64_t unit = block * Cell::kUnits * L, element = p.stored == Stored::kFull ? sizeof(F) : 2;
+    lines.clear();
+    for (int64_t i = first; i < first + rows; ++i) {
+      const int64_t at = time_of(p.rows, i, step) * p.B + p.rows.row[i];
+      for (int64_t g = 0; g < gate_columns(p.mode); ++g)
+        lines.add(p.gates, (at * gate_columns(p.mode) + g) * p.H + unit, element, Cell::kUnits * L);
+      if (p.cells) lines.add(p.cells, at * p.H + unit, sizeof(F), Cell::kUnits * L);
+      lines.add(p.y, at * p.y_row + unit, element, Cell::kUnits * L);
+    }
+    return lines.fetched();
   }
 
   template <typename Body>
@@ -151,6 +166,7 @@ class Forward {
   const ForwardScan<F>& p;
   const Member<F>& m;
   const F **h_rows, **raw_rows, **x_rows;
+  LineList lines;  // of a tile
 };
 
 template <typename F>

@@ -12,13 +12,17 @@
 
 namespace rnnattn {
 
-inline const at::Tensor& in_huge_pages(const at::Tensor& t) {
+inline void advise_huge_pages(const void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 1 << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + t.nbytes()) / kPage * kPage;
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
+}
+
+inline const at::Tensor& in_huge_pages(const at::Tensor& t) {
+  advise_huge_pages(t.const_data_ptr(), t.nbytes());
   return t;
 }
 

@@ -10,10 +10,10 @@
 
 #include "../optional_tensor.h"
 #include "barrier.h"
-#include "huge_pages.h"
 #include "isa.h"
 #include "plan.h"
 #include "team.h"
+#include "workspace.h"
 
 namespace rnnattn {
 
@@ -77,7 +77,7 @@ struct PackedMatrix {
   }
 
   void allocate() {
-    panels = in_huge_pages(at::empty({size()}, packing.panel == Panel::kFull ? c10::CppTypeToScalarType<F>::value : at::kInt));
+    panels = workspace({size()}, packing.panel == Panel::kFull ? c10::CppTypeToScalarType<F>::value : at::kInt);
   }
 
   const void* data() const { return panels.defined() ? panels.const_data_ptr() : nullptr; }
@@ -113,7 +113,7 @@ void run_layer(const Plan& plan, int directions, const std::vector<const PackedM
   const auto run = [&](int teams, int members) {
     const int threads = teams * members;
     const ScratchSize size = scratch(members);  // all memory comes first: nothing may throw in the region
-    const Tensor numbers = at::empty({threads * size.numbers}, c10::CppTypeToScalarType<F>::value);
+    const Tensor numbers = workspace({threads * size.numbers}, c10::CppTypeToScalarType<F>::value);
     std::vector<const F*> pointers(threads * size.pointers);
     Barrier all(threads);
     std::vector<std::unique_ptr<Barrier>> barriers;

@@ -74,6 +74,28 @@ struct Lines {
   void fetch() { __builtin_prefetch(*next++, 0, 2); }
 };
 
+// Collects them, of up to kDepth.
+class LineList {
+ public:
+  explicit LineList(const void* any) {
+    for (auto& line : lines_) line = any;
+  }
+
+  void clear() { n_ = 0; }
+
+  // Those of n elements of some bytes from an index on.
+  void add(const void* base, int64_t index, int64_t bytes, int64_t n) {
+    const char* from = static_cast<const char*>(base) + index * bytes;
+    for (int64_t at = 0; at < n * bytes; at += 64) lines_[n_++] = from + at;
+  }
+
+  Lines fetched() const { return {lines_}; }
+
+ private:
+  const void* lines_[kDepth];
+  int64_t n_ = 0;
+};
+
 struct NoLines {
   void fetch() const {}
   NoLines operator()(int64_t, int64_t) const { return {}; }

@@ -6,12 +6,13 @@
 #include <tuple>
 
 #include "../dispatch.h"
-#include "huge_pages.h"
 #include "layer.h"
 #include "row_order.h"
 
 namespace rnnattn {
 namespace {
+
+constexpr int64_t kNarrow = 512;  // columns up to which one GEMM and some copies are faster than two
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
@@ -43,19 +44,29 @@ Tensor outer_into(Tensor out, const Tensor& a, const Tensor& b) {
   return a.size(0) == 1 ? at::mul_out(out, a.t(), b) : at::mm_out(out, a.t(), b);
 }
 
-Tensor outer_sum(const Tensor& a, const Tensor& b) { return outer_into(at::empty({a.size(1), b.size(1)}, a.options()), a, b); }
+Tensor outer_sum(const Tensor& a, const Tensor& b) { return outer_into(workspace({a.size(1), b.size(1)}, a.options()), a, b); }
+
+// out[slot] = h_{t-1} of each slot, [slots, R]
+void copy_previous_states(const Tensor& out, const Tensor& y, const Tensor& h0, const RowOrder& order, bool reverse) {
+  const int64_t T = y.size(0), B = y.size(1), R = y.size(2);
+  if (order.ragged) {
+    const Slots slots(order, B, reverse);
+    out.index_copy_(0, slots.first, h0.index_select(0, slots.rows).to(out.scalar_type()));
+    out.index_copy_(0, slots.others, y.reshape({T * B, R}).index_select(0, slots.before).to(out.scalar_type()));
+    return;
+  }
+  out.narrow(0, reverse ? (T - 1) * B : 0, B).copy_(h0);
+  out.narrow(0, reverse ? 0 : B, (T - 1) * B).view({T - 1, B, R}).copy_(y.narrow(0, reverse, T - 1));
+}
 
 // sum over all steps of d_t (x) h_{t-1}, [columns of d, R].
-template <typename F>
 Tensor state_product(const Tensor& d, const Tensor& y, const Tensor& h0, const RowOrder& order, bool reverse) {
   const auto acc = d.scalar_type();
   const int64_t T = y.size(0), B = y.size(1), R = y.size(2);
   if (order.ragged) {
-    const Slots slots(order, B, reverse);
-    const Tensor h_prev = at::empty({order.slots, R}, y.options());
-    h_prev.index_copy_(0, slots.first, h0.index_select(0, slots.rows));
-    h_prev.index_copy_(0, slots.others, y.reshape({T * B, R}).index_select(0, slots.before));
-    return outer_sum(d, h_prev.to(acc));
+    const Tensor h_prev = workspace({order.slots, R}, d.options());
+    copy_previous_states(h_prev, y, h0, order, reverse);
+    return outer_sum(d, h_prev);
   }
   const Tensor sum = outer_sum(d.narrow(0, reverse ? (T - 1) * B : 0, B), h0.to(acc));
   if (T > 1) sum.addmm_(d.narrow(0, reverse ? 0 : B, (T - 1) * B).t(), y.narrow(0, reverse, T - 1).reshape({(T - 1) * B, R}).to(acc));
@@ -106,8 +117,9 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   // The scan reads a unit's gates just before it writes their gradients: into the same memory, where nobody else
   // reads it afterwards, or into memory that the system first has to find and to clear.
   const bool in_place = overwrites && gates.numel() && gates.scalar_type() == acc && !order.ragged && !projected;
-  const Tensor d_gates = in_place ? gates.view({K, order.slots, columns * H}) : in_huge_pages(at::empty({K, order.slots, columns * H}, full));
-  const Tensor dh_out = projected ? in_huge_pages(at::empty({K, order.slots, R}, full)) : Tensor();
+  const Tensor d_gates = in_place ? gates.view({K, order.slots, columns * H}) : workspace({K, order.slots, columns * H}, full);
+  const Tensor d_bias = needs_dweights && has_biases ? at::zeros({K, plan.groups, columns * H}, full) : none;
+  const Tensor dh_out = projected ? workspace({K, order.slots, R}, full) : Tensor();
 
   const auto scratch = [&](int) { return ScratchSize{0, 2 * ((B + plan.groups - 1) / plan.groups)}; };
   run_layer<F>(plan, static_cast<int>(K), to_pack, scratch, [&](int k, int group, int index, int members, Barrier* barrier,
@@ -125,7 +137,9 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
                                dy ? at_bytes(*dy, k * R) : nullptr, dy ? dy->stride(0) : 0, dy ? dy->stride(1) : 0,
                                at_bytes(y, k * R), K * R, at_bytes(gates, k * T * B * columns * H), pointer(cells, T * B * H),
                                pointer(h0_full, B * R), pointer(c0_full, B * H), pointer(dh, B * R), pointer(dc, B * H),
-                               pointer(d_gates, order.slots * columns * H), pointer(dh_out, order.slots * R)};
+                               pointer(d_gates, order.slots * columns * H),
+                               d_bias.numel() ? d_bias.data_ptr<F>() + (k * plan.groups + group) * columns * H : nullptr,
+                               pointer(dh_out, order.slots * R)};
     kernels<F>().backward_scan(scan, member);
   });
 
@@ -149,16 +163,25 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
       for (const Part& part : parts_x) {
         const Tensor d_part = d.narrow(1, part.column, part.n), w_part = w.w_ih.narrow(0, part.row, part.n);
         if (dx.defined()) dx.addmm_(d_part, w_part);
-        else dx = at::mm(d_part, w_part);
+        else dx = workspace({order.slots, I}, full), at::mm_out(dx, d_part, w_part);
       }
     if (!needs_dweights) continue;
-    Tensor dw_ih = at::empty({used * H, I}, full);
-    for (const Part& part : parts_x)
-      outer_into(dw_ih.narrow(0, part.row, part.n), d.narrow(1, part.column, part.n), x_packed);
-    dweights.push_back(dw_ih.to(dtype));
-    dweights.push_back(state_product<F>(d_h, y.narrow(2, k * R, R), h0[k], order, reverses[k]).to(dtype));
+    const Tensor y_k = y.narrow(2, k * R, R);
+    if (parts_x.size() == 1 && order.slots >= used * H && I + R <= kNarrow) {
+      const Tensor inputs = workspace({order.slots, I + R}, full);
+      inputs.narrow(1, 0, I).copy_(x_packed);
+      copy_previous_states(inputs.narrow(1, I, R), y_k, h0[k], order, reverses[k]);
+      const Tensor product = outer_sum(d, inputs);
+      for (const Tensor& dw : {product.narrow(1, 0, I), product.narrow(1, I, R)})
+        dweights.push_back(dw.to(dtype, false, true, at::MemoryFormat::Contiguous));
+    } else {
+      const Tensor dw_ih = workspace({used * H, I}, full);
+      for (const Part& part : parts_x) outer_into(dw_ih.narrow(0, part.row, part.n), d.narrow(1, part.column, part.n), x_packed);
+      dweights.push_back(dw_ih.to(dtype));
+      dweights.push_back(state_product(d_h, y_k, h0[k], order, reverses[k]).to(dtype));
+    }
     if (has_biases) {
-      const Tensor sums = d.sum(0);
+      const Tensor sums = d_bias[k].sum(0);
       dweights.push_back((gru ? at::cat({sums.narrow(0, H, 2 * H), sums.narrow(0, 0, H)}) : sums).to(dtype));
       if (gru) dweights.push_back(sums.narrow(0, H, 3 * H).to(dtype, false, true));  // not a view
     }

@@ -63,8 +63,8 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
   const auto options = x.options(), full = options.dtype(acc);
 
   const Tensor y = in_huge_pages(at::empty({T, B, K * R}, options));
-  const Tensor gates = saves_gates ? in_huge_pages(at::empty({K, T, B, columns * H}, options)) : Tensor();
-  const Tensor cells = save && lstm ? in_huge_pages(at::empty({K, T, B, H}, full)) : Tensor();
+  const Tensor gates = saves_gates ? workspace({K, T, B, columns * H}, options) : Tensor();
+  const Tensor cells = save && lstm ? workspace({K, T, B, H}, full) : Tensor();
   const Tensor h0_full = h0.to(acc).contiguous();
   const Tensor c0_full = lstm ? c0->to(acc).contiguous() : Tensor(), c = lstm ? at::empty({K, B, H}, full) : Tensor();
   if (lstm) std::memcpy(c.data_ptr(), c0_full.const_data_ptr(), c.nbytes());

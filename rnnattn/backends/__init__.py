@@ -17,7 +17,7 @@ import torch
 from rnnattn.backends import choice
 from rnnattn.backends.aten import Torch
 from rnnattn.backends.base import Backend, BackendError, Call
-from rnnattn.backends.cpp import Cpp, build_info
+from rnnattn.backends.cpp import Cpp, build_info, empty_cache
 from rnnattn.backends.cuda import Cuda
 from rnnattn.backends.reference import Reference
 from rnnattn.backends.triton import Triton
@@ -154,6 +154,7 @@ __all__ = [
     "Call",
     "Choice",
     "build_info",
+    "empty_cache",
     "get",
     "is_recording",
     "objection",

@@ -57,7 +57,7 @@ struct Layer {
   std::vector<F> dh_n, dc_n;
   Numbers<F> x, dy;                                   // [T, B, I], [T, B, R]
   Numbers<F> y, gates;                                // outputs, NaN before: [T, B, R], [T, B, columns * H]
-  std::vector<F> cells, c_n, d_gates, dh_out, dh, dc;
+  std::vector<F> cells, c_n, d_gates, d_bias, dh_out, dh, dc;  // d_bias [groups, columns * H]
   std::vector<int64_t> order, offset;                 // rows, longest first; slot of the first row at step t
   int64_t slots = 0;
 
@@ -132,7 +132,7 @@ struct Layer {
     const Panel panel = s.panel == Panel::kInt8 ? Panel::kFull : s.panel;  // int8 is for the forward alone
     const Panels panels_hh = pack({w_hh.data(), s.R, 1, s.gates() * s.H, s.R, 1, wide, panel});
     const Panels panels_hr = pack({w_hr.data(), s.H, 1, s.R, s.H, 1, wide});
-    d_gates.assign(slots * s.columns() * s.H, NAN), dh_out.assign(s.projected() ? slots * s.R : 0, NAN);
+    d_gates.assign(slots * s.columns() * s.H, NAN), d_bias.assign(s.groups * s.columns() * s.H, 0), dh_out.assign(s.projected() ? slots * s.R : 0, NAN);
     dh = dh_n, dc = dc_n;
     const int64_t blocks = blocks_of(s.H, wide), blocks_hr = s.projected() ? blocks_of(s.R, wide) : 0;
     run([&](const Rows& rows, int index, Barrier* barrier) {
@@ -145,6 +145,7 @@ struct Layer {
           .panel = panel, .w_hh = panels_hh.data(), .w_hr = s.projected() ? panels_hr.floats() : nullptr, .dy = dy.data(), .dy_step = s.B * s.R,
           .dy_row = s.R, .y = y.data(), .y_row = s.R, .gates = gates.data(), .cells = lstm ? cells.data() : nullptr,
           .h0 = h0.data(), .c0 = c0.data(), .dh = dh.data(), .dc = lstm ? dc.data() : nullptr, .d_gates = d_gates.data(),
+          .d_bias = rows.n ? d_bias.data() + rows.place[0] * s.columns() * s.H : nullptr,
           .dh_out = s.projected() ? dh_out.data() : nullptr};
       kernels<F>().backward_scan(scan, member);
     });

@@ -51,6 +51,13 @@ void close(const Got& got, const std::vector<double>& want, double allowed, cons
 }
 
 template <typename F>
+std::vector<double> sum_of_rows(const std::vector<F>& matrix, int64_t rows) {
+  std::vector<double> sum(rows ? matrix.size() / rows : 0);
+  for (size_t i = 0; i < matrix.size(); ++i) sum[i % sum.size()] += matrix[i];
+  return sum;
+}
+
+template <typename F>
 void check(const Shape& s, const char* type) {
   const std::string what = describe(s, type);
   Layer<F> layer(s, 1), again(s, 1);
@@ -64,6 +71,7 @@ void check(const Shape& s, const char* type) {
   layer.backward();
   const Backward d = backward_equations(layer);
   close(layer.d_gates, d.d_gates, full, what + ", d_gates");
+  close(sum_of_rows(layer.d_bias, layer.s.groups), sum_of_rows(d.d_gates, layer.slots), full * (1 + layer.slots), what + ", d_bias");
   close(layer.dh, d.dh, full, what + ", dh");
   if (s.mode == Mode::kLstm) close(layer.dc, d.dc, full, what + ", dc");
   if (s.projected()) close(layer.dh_out, d.dh_out, full, what + ", dh_out");
