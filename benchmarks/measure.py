@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import rnnattn
 from benchmarks.cases import BACKWARD, FORWARD, Case
-from benchmarks.results import BY_TORCH, OWN_BACKENDS, Row
+from benchmarks.results import ANOTHER_FORM, BY_TORCH, OURS_PREPARED, OWN_BACKENDS, PREPARED, THEIRS_PREPARED, Row
 from benchmarks.timing import Contender, Context, Timing, compare, ratios
 
+UNRECORDED = ("cpp", "prepared weights")  # backend and kernel where no choice is made in the call
 WRONG = 0.02  # relative L2 error from which a result counts as wrong, in any dtype
 
 
@@ -25,6 +26,7 @@ class Peer:
     forward: gives the output. With `trains` it is differentiated in forward+backward, else it sits that out.
     context: entered around it. settle: as in `timing.Contender`.
     seen: what of the output can be compared, such as without padding.
+    prepared: its weights were packed before the clock runs.
     informational: why it is never a baseline, or an empty text.
     """
 
@@ -35,12 +37,16 @@ class Peer:
     settle: float = 0.0
     seen: Callable[[Tensor], Tensor] = lambda y: y
     trains: bool = True
+    prepared: bool = False
     informational: str = ""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A case made ready to run; all implementations share the inputs."""
+    """A case made ready to run; all implementations share the inputs.
+
+    prepared: ours with weights packed beforehand, in inference, to compare with peers that do so too.
+    """
 
     ours: Callable[[], Tensor]
     peers: list[Peer]
@@ -49,8 +55,8 @@ class Experiment:
     exact: Callable[[], Tensor]  # the output in float64
     exact_inputs: list[Tensor]
     modules: Sequence[nn.Module] = ()
+    prepared: Callable[[], Tensor] | None = None
     operations: int = 1  # in one call, where what is reported is less than a call
-    unrecorded: tuple[str, str] = ("unknown", "unknown")  # backend and kernel, where `rnnattn.explain` sees no choice
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class _Entry:
     contender: Contender | None
     error: float | None = None
     failure: str = ""
+    prepared: bool = False
     informational: str = ""
 
 
@@ -119,13 +126,16 @@ def _ours(experiment: Experiment, mode: str, backends: Sequence[str], truth: lis
             failure = f"unsupported: {error}" if isinstance(error, rnnattn.BackendError) else _failed(error)
             entries.append(_Entry(name, name, "", None, failure=failure))
             continue
-        ran = (decisions[0].backend, decisions[0].kernel) if decisions else experiment.unrecorded
+        ran = (decisions[0].backend, decisions[0].kernel) if decisions else UNRECORDED
         same = next((n for n, entry in enumerate(entries) if (entry.backend, entry.kernel) == ran), None)
         if same is not None:
             entries[same] = replace(entries[same], name=f"{entries[same].name}, {name}")
             continue
         contender = Contender(call, functools.partial(rnnattn.use_backend, name), experiment.operations)
-        entries.append(_checked(_Entry(name, *ran, contender), truth))
+        entries.append(_checked(_Entry(name, *ran, contender, prepared=not decisions), truth))
+    if mode == FORWARD and experiment.prepared is not None and {"cpp", "auto"} & set(backends):
+        contender = Contender(_call(experiment.prepared, experiment, mode), operations=experiment.operations)
+        entries.append(_checked(_Entry(PREPARED, *UNRECORDED, contender, prepared=True), truth))
     return entries
 
 
@@ -136,7 +146,7 @@ def _peer(peer: Peer, experiment: Experiment, mode: str, truth: list[Tensor]) ->
     except Exception as error:
         return _Entry(peer.name, "", "", None, failure=_failed(error), informational=peer.informational)
     contender = Contender(_call(peer.forward, experiment, mode), peer.context, experiment.operations, peer.settle)
-    entry = _Entry(peer.name, "", kernel, contender, informational=peer.informational)
+    entry = _Entry(peer.name, "", kernel, contender, prepared=peer.prepared, informational=peer.informational)
     return _checked(entry, truth, peer.seen)
 
 
@@ -219,9 +229,13 @@ def _objection(ours: _Entry, peer: _Entry, fastest: _Entry) -> str:
         return f"our result is wrong (error {ours.error:.2g})"
     rejected = _rejected(peer)
     if rejected or peer is not fastest:
-        return rejected or f"{peer.name} is faster in another form"
+        return rejected or f"{peer.name} {ANOTHER_FORM}"
     if ours.backend == "torch":
         return BY_TORCH
+    if peer.prepared and not ours.prepared:
+        return THEIRS_PREPARED
+    if ours.name == PREPARED and not peer.prepared:
+        return OURS_PREPARED
     return "" if ours.backend in OWN_BACKENDS else f"auto ran the {ours.backend} equations, no kernel"
 
 

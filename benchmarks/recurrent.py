@@ -14,7 +14,9 @@ import rnnattn
 from benchmarks import runtimes
 from benchmarks.cases import DTYPES, RecurrentCase, ragged_lengths
 from benchmarks.measure import Experiment, Peer
+from benchmarks.results import ONEDNN_OFF
 from benchmarks.timing import Context
+from rnnattn import backends
 
 MODULES: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 without_onednn: Context = functools.partial(
@@ -49,6 +51,7 @@ def experiment(case: RecurrentCase, device: torch.device) -> Experiment:
             exact=lambda: _padded(exact, exact_x),
             exact_inputs=[exact_x, *exact.parameters()],
             modules=(ours, theirs),
+            prepared=_prepared(case, ours, x),
         )
     lengths = ragged_lengths(case.B, case.T, device)
     on_cpu = lengths.cpu()
@@ -70,6 +73,7 @@ def experiment(case: RecurrentCase, device: torch.device) -> Experiment:
         exact=lambda: _packed(exact, exact_x, on_cpu),
         exact_inputs=[exact_x, *exact.parameters()],
         modules=(ours, theirs),
+        prepared=_prepared(case, ours, x, lengths=lengths),
     )
 
 
@@ -83,7 +87,7 @@ def torch_peers(
     """torch.nn as it is and, on a CPU, without oneDNN."""
     peers = [Peer(name, kernel, forward, seen=seen)]
     if device.type == "cpu":
-        peers.append(Peer(name, lambda: f"{kernel()}, oneDNN off", forward, without_onednn, seen=seen))
+        peers.append(Peer(name, lambda: kernel() + ONEDNN_OFF, forward, without_onednn, seen=seen))
     return peers
 
 
@@ -91,6 +95,13 @@ def torch_kernel(ours: Callable[[], object]) -> str:
     """What torch.nn runs for the call that `ours` makes of our modules."""
     with rnnattn.use_backend("torch"):
         return rnnattn.explain(ours)[0].kernel
+
+
+def _prepared(case: RecurrentCase, ours: nn.RNNBase, x: Tensor, **settings: Tensor) -> Callable[[], Tensor] | None:
+    if case.dtype != "fp32" or x.is_cuda or backends.unavailable("cpp"):
+        return None  # in fp32 there are peers that pack their weights beforehand as well
+    prepare = functools.cache(ours.prepare_inference)
+    return lambda: prepare()(x, **settings)[0]
 
 
 def _runtimes(case: RecurrentCase, module: nn.RNNBase, x: Tensor, lengths: Tensor | None) -> list[Peer]:

@@ -15,6 +15,11 @@ from benchmarks.environment import Environment
 
 OWN_BACKENDS = ("cpp", "triton", "cuda")
 BY_TORCH = "auto ran torch's own kernel"
+PREPARED = "prepared"  # as `requested`: with weights packed beforehand
+OURS_PREPARED = "our weights were packed beforehand, the baseline's not"
+THEIRS_PREPARED = "the baseline's weights were packed beforehand, ours not"
+ANOTHER_FORM = "is faster in another form"  # follows the name of the baseline
+ONEDNN_OFF = ", oneDNN off"  # how the kernel of torch.nn's other form on a CPU ends
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Row:
     case: str
     dtype: str
     mode: str  # forward, forward+backward
-    requested: str  # the backends asked for that came to this kernel, such as "cpp, auto"
+    requested: str  # the backends asked for that came to this kernel, such as "cpp, auto"; or PREPARED
     backend: str  # the backend that ran
     kernel: str
     baseline: str

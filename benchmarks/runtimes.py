@@ -70,8 +70,9 @@ def _peers(module: nn.RNNBase, new_graph: Callable[[], bytes], forward: Callable
     def peer(name: str, kernel: str, new_run: Callable[[], Run], informational: str = "") -> Peer:
         run = functools.cache(new_run)  # built when it is first called, so that a failure is the peer's
         return Peer(
-            name, lambda: kernel, lambda: forward(run()), settle=SETTLE, trains=False, informational=informational
-        )
+            name, lambda: kernel, lambda: forward(run()), settle=SETTLE, trains=False, prepared=True,
+            informational=informational,
+        )  # fmt: skip
 
     peers: list[Peer] = []
     if "onnx" in absent:

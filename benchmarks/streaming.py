@@ -62,7 +62,6 @@ def experiment(case: StepCase, device: torch.device) -> Experiment:
         exact_inputs=[],
         modules=(ours, layer, cell) if isinstance(ours, nn.Module) else (layer, cell),
         operations=STEPS,
-        unrecorded=("cpp", "prepared weights"),  # the choice was made when they were prepared
     )
 
 
