@@ -18,23 +18,26 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 // Where the (step, row) pairs inside their row's length stand in [T, B], slot by slot.
 struct Slots {
   Tensor all;                     // [slots], t * B + b
-  Tensor first, rows;             // slots at which a scan starts, and their rows b
+  Tensor first, rows;             // slots at which a scan starts from an initial state, and their rows b
+  Tensor zero;                    // slots at which it starts from zeros
   Tensor others, before;          // the other slots, and where the step before stands
 
-  Slots(const RowOrder& order, int64_t B, bool reverse) {
+  Slots(const RowOrder& order, int64_t B, bool reverse, const bool* resets = nullptr, bool reset_to_initial = false) {
     const auto integers = at::TensorOptions().dtype(at::kLong);
-    std::vector<int64_t> starts, start_rows, rest, previous;
+    std::vector<int64_t> starts, start_rows, zeros, rest, previous;
     all = at::empty({order.slots}, integers);
     order.for_rows([&](int64_t b, int64_t length, int64_t place) {
       for (int64_t t = 0; t < length; ++t) {
         const int64_t slot = order.slot(t, place), before_t = reverse ? t + 1 : t - 1;
         all.data_ptr<int64_t>()[slot] = t * B + b;
-        if (before_t < 0 || before_t >= length) starts.push_back(slot), start_rows.push_back(b);
+        const bool anew = resets && is_reset(resets, B, b, length, reverse, t);
+        if (anew && !reset_to_initial) zeros.push_back(slot);
+        else if (anew || before_t < 0 || before_t >= length) starts.push_back(slot), start_rows.push_back(b);
         else rest.push_back(slot), previous.push_back(before_t * B + b);
       }
     });
     const auto tensor = [&](const std::vector<int64_t>& v) { return at::tensor(v, integers); };
-    first = tensor(starts), rows = tensor(start_rows), others = tensor(rest), before = tensor(previous);
+    first = tensor(starts), rows = tensor(start_rows), zero = tensor(zeros), others = tensor(rest), before = tensor(previous);
   }
 };
 
@@ -47,12 +50,14 @@ Tensor outer_sum(const Tensor& a, const Tensor& b) { return outer_into(at::empty
 
 // sum over all steps of d_t (x) h_{t-1}, [columns of d, R].
 template <typename F>
-Tensor state_product(const Tensor& d, const Tensor& y, const Tensor& h0, const RowOrder& order, bool reverse) {
+Tensor state_product(const Tensor& d, const Tensor& y, const Tensor& h0, const RowOrder& order, bool reverse,
+                     const OptionalTensor& resets, bool reset_to_initial) {
   const auto acc = d.scalar_type();
   const int64_t T = y.size(0), B = y.size(1), R = y.size(2);
-  if (order.ragged) {
-    const Slots slots(order, B, reverse);
+  if (order.ragged || resets) {
+    const Slots slots(order, B, reverse, flags(resets), reset_to_initial);
     const Tensor h_prev = at::empty({order.slots, R}, y.options());
+    h_prev.index_fill_(0, slots.zero, 0);
     h_prev.index_copy_(0, slots.first, h0.index_select(0, slots.rows));
     h_prev.index_copy_(0, slots.others, y.reshape({T * B, R}).index_select(0, slots.before));
     return outer_sum(d, h_prev.to(acc));
@@ -65,8 +70,8 @@ Tensor state_product(const Tensor& d, const Tensor& y, const Tensor& h0, const R
 template <typename F>
 Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
                    const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
-                   const Tensor& y, const Tensor& gates, const Tensor& cells, bool has_biases, std::string_view direction,
-                   Mode mode, bool needs_dx, bool needs_dweights, bool overwrites) {
+                   const OptionalTensor& resets, bool reset_to_initial, const Tensor& y, const Tensor& gates, const Tensor& cells,
+                   bool has_biases, std::string_view direction, Mode mode, bool needs_dx, bool needs_dweights, bool overwrites) {
   const auto reverses = parse_direction(direction);
   const auto acc = c10::CppTypeToScalarType<F>::value;
   const auto dtype = x.scalar_type();
@@ -83,6 +88,9 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   };
   const Tensor dh = start(dh_n, R), dc = lstm ? start(dc_n, H) : none;
   const Tensor h0_full = h0.to(acc).contiguous(), c0_full = lstm ? c0->to(acc).contiguous() : Tensor();
+  const Tensor h_reset = reset_states(resets, reset_to_initial, h0_full), c_reset = reset_states(resets, reset_to_initial, c0_full);
+  const auto zeros_like = [&](const Tensor& t) { return resets && reset_to_initial ? at::zeros_like(t) : Tensor(); };
+  const Tensor dh_reset = zeros_like(dh), dc_reset = zeros_like(dc);
   OptionalTensor dy = dy_given;
   if (dy && dy->stride(2) != 1) dy = dy->contiguous();
 
@@ -125,10 +133,13 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
                                dy ? at_bytes(*dy, k * R) : nullptr, dy ? dy->stride(0) : 0, dy ? dy->stride(1) : 0,
                                at_bytes(y, k * R), K * R, at_bytes(gates, k * T * B * columns * H), pointer(cells, T * B * H),
                                pointer(h0_full, B * R), pointer(c0_full, B * H), pointer(dh, B * R), pointer(dc, B * H),
-                               pointer(d_gates, order.slots * columns * H), pointer(dh_out, order.slots * R)};
+                               pointer(d_gates, order.slots * columns * H), pointer(dh_out, order.slots * R),
+                               {flags(resets), pointer(h_reset, B * R), pointer(c_reset, B * H)}, pointer(dh_reset, B * R),
+                               pointer(dc_reset, B * H)};
     kernels<F>().backward_scan(scan, member);
   });
 
+  if (dh_reset.defined()) dh.add_(dh_reset), dc.add_(dc_reset);
   const Tensor rows = order.ragged ? Slots(order, B, false).all : Tensor();
   const auto packed = [&](const Tensor& t) {  // [T, B, n] -> [slots, n], as F
     const Tensor flat = t.reshape({T * B, t.size(2)});
@@ -142,6 +153,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
     const Tensor d = d_gates[k], d_h = d.narrow(1, hidden_column(mode) * H, used * H);
     if (one_step && gru) dh[k].addmm_(d_h, w.w_hh);
     else if (one_step) dh[k].copy_(at::mm(d_h, w.w_hh));
+    if (one_step && resets && !reset_to_initial && !reverses[k]) dh[k].masked_fill_(resets->view({B, 1}), 0);
     // The columns of the input product and their rows of w_ih: those of GRU's n stand first in d, last in w_ih.
     struct Part { int64_t column, row, n; };
     const std::vector<Part> parts_x = gru ? std::vector<Part>{{H, 0, 2 * H}, {0, 2 * H, H}} : std::vector<Part>{{0, 0, used * H}};
@@ -156,7 +168,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
     for (const Part& part : parts_x)
       outer_into(dw_ih.narrow(0, part.row, part.n), d.narrow(1, part.column, part.n), x_packed);
     dweights.push_back(dw_ih.to(dtype));
-    dweights.push_back(state_product<F>(d_h, y.narrow(2, k * R, R), h0[k], order, reverses[k]).to(dtype));
+    dweights.push_back(state_product<F>(d_h, y.narrow(2, k * R, R), h0[k], order, reverses[k], resets, reset_to_initial).to(dtype));
     if (has_biases) {
       const Tensor sums = d.sum(0);
       dweights.push_back((gru ? at::cat({sums.narrow(0, H, 2 * H), sums.narrow(0, 0, H)}) : sums).to(dtype));
@@ -173,14 +185,16 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
 
 Gradients recurrent_layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
                                    const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                                   const OptionalTensor& lengths, const Tensor& y, const Tensor& gates, const Tensor& cells,
-                                   bool has_biases, std::string_view direction, std::string_view mode, bool needs_dx,
-                                   bool needs_dweights, bool overwrites) {
+                                   const OptionalTensor& lengths, const OptionalTensor& resets, bool reset_to_initial,
+                                   const Tensor& y, const Tensor& gates, const Tensor& cells, bool has_biases,
+                                   std::string_view direction, std::string_view mode, bool needs_dx, bool needs_dweights,
+                                   bool overwrites) {
   adapt_to_fork();
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
   return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
-    return backward<decltype(zero)>(dy, dh_n, dc_n, x, h0, c0, weights, contiguous(lengths), y, gates, cells, has_biases,
-                                    direction, parse_mode(mode), needs_dx, needs_dweights, overwrites);
+    return backward<decltype(zero)>(dy, dh_n, dc_n, x, h0, c0, weights, contiguous(lengths), contiguous(resets),
+                                    reset_to_initial, y, gates, cells, has_biases, direction, parse_mode(mode), needs_dx,
+                                    needs_dweights, overwrites);
   });
 }
 
