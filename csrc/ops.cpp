@@ -6,18 +6,20 @@
 
 TORCH_LIBRARY(rnnattn_native, m) {
   m.def(
-      "recurrent_layer_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? lengths, bool has_biases, "
-      "str direction, str mode, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
+      "recurrent_layer_forward(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, "
+      "bool reset_to_initial, bool has_biases, str direction, str mode, bool save) "
+      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   m.def(
       "recurrent_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor? c0, "
-      "Tensor[] weights, Tensor? lengths, Tensor y, Tensor(a!) gates, Tensor cells, bool has_biases, str direction, "
-      "str mode, bool needs_dx, bool needs_dweights, bool overwrites_gates) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+      "Tensor[] weights, Tensor? lengths, Tensor? resets, bool reset_to_initial, Tensor y, Tensor(a!) gates, Tensor cells, "
+      "bool has_biases, str direction, str mode, bool needs_dx, bool needs_dweights, bool overwrites_gates) "
+      "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
   m.def(
       "prepare_weights(Tensor[] weights, bool has_biases, int layers, bool bidirectional, str mode, str precision) "
       "-> Tensor[]");
   m.def(
-      "prepared_forward(Tensor x, Tensor h0, Tensor? c0, Tensor? lengths, Tensor[] prepared, bool bidirectional, "
-      "str mode, int hidden_size) -> (Tensor y, Tensor h_n, Tensor c_n)");
+      "prepared_forward(Tensor x, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, bool reset_to_initial, "
+      "Tensor[] prepared, bool bidirectional, str mode, int hidden_size) -> (Tensor y, Tensor h_n, Tensor c_n)");
   m.def(
       "attention_pool_forward(Tensor x, Tensor v, Tensor? w, Tensor? b, Tensor? lengths, Tensor? mask, "
       "bool need_weights) -> (Tensor pooled, Tensor weights, Tensor lse)");

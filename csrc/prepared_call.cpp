@@ -53,7 +53,7 @@ class PreparedCall {
     {
       pybind11::gil_scoped_release others_run;
       RECORD_FUNCTION("rnnattn_native::prepared_forward", std::vector<c10::IValue>{});
-      std::tie(y, h_n, c_n) = stack_->run(x, h0, has_c_ ? OptionalTensor(c0) : OptionalTensor(), {});
+      std::tie(y, h_n, c_n) = stack_->run(x, h0, has_c_ ? OptionalTensor(c0) : OptionalTensor(), {}, {}, false);
       if (is_cell_) {
         h_n = h_n.squeeze(0);
         if (has_c_) c_n = c_n.squeeze(0);

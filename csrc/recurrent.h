@@ -44,6 +44,25 @@ static inline int64_t time_of(const Rows& rows, int64_t i, int64_t step) {
 }
 static inline int64_t slot_of(const Rows& rows, int64_t i, int64_t t) { return rows.offset[t] + rows.place[i]; }
 
+// Whether a scan replaces row b's state before its step at time t. resets [T, B] tells where episodes begin; a reverse
+// scan crosses the border before such a step when it enters the one before.
+static inline bool is_reset(const bool* resets, int64_t B, int64_t b, int64_t length, bool reverse, int64_t t) {
+  return t + reverse < length && resets[(t + reverse) * B + b];
+}
+
+// Where states are replaced, and by what.
+template <typename F>
+struct Resets {
+  const bool* at;    // [T, B], or null for nowhere
+  const F *h, *c;    // [B, R], [B, H]
+};
+
+// Whether row i of a group starts a scan step from them.
+template <typename F>
+static inline bool is_reset(const Resets<F>& resets, int64_t B, const Rows& rows, int64_t i, int64_t step) {
+  return resets.at && is_reset(resets.at, B, rows.row[i], rows.length[i], rows.reverse, time_of(rows, i, step));
+}
+
 // What one member of a group computes, and its own memory. A block is what one pass over a panel of
 // packed weights gives; blocks of the projection (which are columns of R) are counted apart.
 template <typename F>
@@ -95,6 +114,7 @@ struct ForwardScan {
   F* cells;             // [T, B, H], or null; LSTM
   int64_t chunk;        // scan steps whose input product is computed at once; 1: block by block
   int64_t calls = 0;    // with these weights before: blocks are taken there and back again, from call to call as well
+  Resets<F> resets = {};
 };
 
 template <typename F>
@@ -119,6 +139,8 @@ struct BackwardScan {
   F* d_gates;         // [slots, gate columns * H] out
   F* d_bias;          // [gate columns * H] the group's sum of d_gates is added to it, or null
   F* dh_out;          // [slots, R] out, the whole gradient of h_t; null without projection
+  Resets<F> resets = {};
+  F *dh_reset = nullptr, *dc_reset = nullptr;  // [B, R], [B, H] in/out: the gradients of resets.h and c are added, or null
 };
 
 }  // namespace rnnattn

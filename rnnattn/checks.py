@@ -41,6 +41,26 @@ def checked_lengths(lengths: Tensor | Sequence[int] | None, B: int, T: int, devi
     return lengths.to(device).clamp(0, T)
 
 
+def checked_resets(resets: Tensor | None, input: Tensor, batch_first: bool) -> Tensor | None:
+    """resets [T, B] of an input [T, B, I] (given as [B, T] of one [B, T, I] with batch_first), or [T] of one [T, I].
+
+    Raises:
+        TypeError: not a bool tensor. ValueError: wrong shape or device.
+    """
+    if resets is None:
+        return None
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"resets: expected a torch.bool tensor, got {type(resets).__name__}")
+    if resets.dtype != torch.bool:
+        raise TypeError(f"resets: expected torch.bool with True = an episode begins, got {resets.dtype}")
+    if resets.shape != input.shape[:-1]:
+        letters = "[T]" if input.dim() == 2 else "[B, T]" if batch_first else "[T, B]"
+        raise ValueError(f"resets: expected shape {list(input.shape[:-1])} {letters}, got {list(resets.shape)}")
+    if resets.device != input.device:
+        raise ValueError(f"resets: expected device {input.device} as the input has, got {resets.device}")
+    return resets.t() if batch_first else resets
+
+
 def checked_mask(mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
     """Raises TypeError where mask is not bool, ValueError where its shape or device is off."""
     if mask is None:

@@ -32,6 +32,8 @@ def lstm(
     bidirectional: bool = False,
     batch_first: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    reset_to_initial: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A stack of LSTM layers over a batch of sequences.
 
@@ -39,7 +41,11 @@ def lstm(
         c_t = f * c_{t-1} + i * g,    h_t = W_hr (o * tanh(c_t))
 
     Equivalent to `torch.lstm` with the same arguments; with `lengths`, to packing the input first
-    and padding the output after.
+    and padding the output after; with `resets`, to running the episodes of each row one by one:
+
+        forward   where resets[t], step t starts from s instead of h_{t-1}, c_{t-1}
+        reverse   where resets[t], step t - 1 starts from s instead of h_t, c_t
+        s         zeros, or with reset_to_initial h0, c0
 
     Args:
         input: [T, B, I], or [B, T, I] with batch_first.
@@ -50,6 +56,11 @@ def lstm(
         lengths: integers [B] on any device, each in [0, T]. Steps behind a row's length are not
             read and give zeros; a row of length 0 returns its initial state. On a device other
             than the CPU values are not read back for a check but clamped to [0, T].
+        resets: bool [T, B], or [B, T] with batch_first, on the input's device: True where a row's step t
+            begins an episode. No state and no gradient crosses the border between t - 1 and t, in either
+            direction of any layer. In the forward direction one at t = 0 replaces hx; those at or behind a
+            row's length have no effect.
+        reset_to_initial: resets are to hx, to which gradients flow from each of them, not to zeros.
 
     Returns:
         output as `input` with K * R features, h_n [L * K, B, R], c_n [L * K, B, H].
@@ -62,8 +73,9 @@ def lstm(
     """
     h0, c0 = hx
     output, h_n, c_n = run_stack(
-        "LSTM", input, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths
-    )
+        "LSTM", input, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths,
+        resets, reset_to_initial,
+    )  # fmt: skip
     assert c_n is not None
     return output, h_n, c_n
 
@@ -79,6 +91,8 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    reset_to_initial: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A stack of GRU layers over a batch of sequences.
 
@@ -86,8 +100,7 @@ def gru(
         n = tanh(W_in x_t + b_in + r * (W_hn h_{t-1} + b_hn))      rows n
         h_t = (1 - z) * n + z * h_{t-1}
 
-    Equivalent to `torch.gru` with the same arguments; with `lengths`, to packing the input first
-    and padding the output after.
+    Equivalent to `torch.gru` with the same arguments; with `lengths` and `resets` as for `lstm`.
 
     Args:
         hx: h0 [L * K, B, H].
@@ -104,8 +117,9 @@ def gru(
     Source: torch.nn.GRU; Cho et al. 2014.
     """
     output, h_n, _ = run_stack(
-        "GRU", input, hx, None, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths
-    )
+        "GRU", input, hx, None, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths,
+        resets, reset_to_initial,
+    )  # fmt: skip
     return output, h_n
 
 
@@ -121,13 +135,15 @@ def rnn(
     bidirectional: bool = False,
     batch_first: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    reset_to_initial: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A stack of simple recurrent layers over a batch of sequences.
 
         h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)      or relu
 
-    Equivalent to `torch.rnn_tanh` or `torch.rnn_relu` with the same arguments; with `lengths`, to
-    packing the input first and padding the output after.
+    Equivalent to `torch.rnn_tanh` or `torch.rnn_relu` with the same arguments; with `lengths` and
+    `resets` as for `lstm`.
 
     Args:
         hx: h0 [L * K, B, H].
@@ -146,7 +162,7 @@ def rnn(
     """
     output, h_n, _ = run_stack(
         _rnn_mode(nonlinearity), input, hx, None, weights, has_biases, num_layers, dropout, training, bidirectional,
-        batch_first, lengths,
+        batch_first, lengths, resets, reset_to_initial,
     )  # fmt: skip
     return output, h_n
 

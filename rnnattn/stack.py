@@ -14,7 +14,7 @@ from torch import Tensor
 from rnnattn import autograd, backends
 from rnnattn.autocast import autocast_dtype, lowered
 from rnnattn.backends import Call
-from rnnattn.checks import check_recurrent, checked_lengths
+from rnnattn.checks import check_recurrent, checked_lengths, checked_resets
 from rnnattn.reference import CELLS
 
 
@@ -31,6 +31,8 @@ def run_stack(
     bidirectional: bool = False,
     batch_first: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
+    resets: Tensor | None = None,
+    reset_to_initial: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """output, h_n and c_n (None for a cell without c); mode is a key of `reference.CELLS`."""
     low = autocast_dtype(input)
@@ -38,20 +40,26 @@ def run_stack(
         with torch.autocast(input.device.type, enabled=False):
             return run_stack(
                 mode, lowered(input, low), lowered(h0, low), lowered(c0, low), [lowered(w, low) for w in weights],
-                has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths,
+                has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths, resets,
+                reset_to_initial,
             )  # fmt: skip
     weights = list(weights)
     x = input.transpose(0, 1) if batch_first else input
     K = 2 if bidirectional else 1
     check_recurrent(op_name(mode), CELLS[mode].blocks, x, h0, c0, weights, has_biases, num_layers, K)
     lengths = checked_lengths(lengths, x.shape[1], x.shape[0], x.device)
-    backend, _ = backends.select(_call(mode, x, h0, c0, weights, num_layers, K, lengths is not None))
+    resets = checked_resets(resets, input, batch_first)
+    ragged, has_resets = lengths is not None, resets is not None
+    backend, _ = backends.select(_call(mode, x, h0, c0, weights, num_layers, K, ragged, has_resets))
     if backend == "torch":
         y, h_n, c_n = backends.TORCH.recurrent(
             mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, lengths
         )
     else:
-        y, h_n, c_n = _layers(mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, K, lengths, backend)
+        y, h_n, c_n = _layers(
+            mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, K, lengths, resets, reset_to_initial,
+            backend,
+        )  # fmt: skip
     return y.transpose(0, 1) if batch_first else y, h_n, c_n
 
 
@@ -67,6 +75,8 @@ def _layers(
     training: bool,
     K: int,
     lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_to_initial: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     direction = "bidirectional" if K == 2 else "forward"
@@ -79,7 +89,7 @@ def _layers(
         states = slice(layer * K, (layer + 1) * K)
         x, h, c = autograd.recurrent_layer(
             x, h0[states], None if c0 is None else c0[states], weights[layer * per_layer : (layer + 1) * per_layer],
-            lengths, has_biases, direction, mode, backend,
+            lengths, resets, reset_to_initial, has_biases, direction, mode, backend,
         )  # fmt: skip
         h_n.append(h)
         if c is not None:
@@ -109,7 +119,15 @@ def takes_cpp(mode: str, input: Tensor, hidden: int, grad: bool) -> bool:
 
 
 def _call(
-    mode: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor], num_layers: int, K: int, ragged: bool
+    mode: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    num_layers: int,
+    K: int,
+    ragged: bool,
+    resets: bool,
 ) -> Call:
     """What `backends.select` needs to know; x is [T, B, I]."""
     T, B, I = x.shape
@@ -117,5 +135,5 @@ def _call(
     H = R if c0 is None else c0.shape[-1]
     return Call(
         op_name(mode), x.device.type, x.dtype, B, T, I, H, num_layers, K, R if R != H else 0, ragged,
-        wants_grad(x, h0, c0, *weights), torch.compiler.is_compiling(),
+        wants_grad(x, h0, c0, *weights), torch.compiler.is_compiling(), resets,
     )  # fmt: skip

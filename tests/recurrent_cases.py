@@ -34,6 +34,8 @@ class RecurrentCase:
     bias: bool = True
     lengths: tuple[int, ...] | None = None
     lengths_as: str = "int64"  # or int32, list
+    resets: str = ""  # where episodes begin: some, every, none or first
+    to_initial: bool = False  # resets are to the initial states
     states: bool = False  # h0 (and c0) given, with gradients
     cotangents: tuple[str, ...] = ("y", "h_n", "c_n")  # of those that the mode has
     layout: str = "contiguous"  # or strided, expanded, batch_first
@@ -47,7 +49,8 @@ class RecurrentCase:
             self.mode != "LSTM" and self.mode.lower(), self.R and f"R{self.R}", self.layers > 1 and f"L{self.layers}",
             self.direction != "forward" and self.direction, not self.bias and "nobias",
             self.lengths is not None and "len" + "_".join(map(str, self.lengths)),
-            self.lengths_as != "int64" and self.lengths_as, self.states and "states",
+            self.lengths_as != "int64" and self.lengths_as, self.resets and f"resets_{self.resets}",
+            self.to_initial and "to_initial", self.states and "states",
             len(self.cotangents) < 3 and "only_" + "_".join(self.cotangents),
             self.layout != "contiguous" and self.layout, self.nan and "nan", self.scale != 1 and f"x{self.scale:g}",
             self.apart and "apart",
@@ -61,6 +64,8 @@ class RecurrentCase:
 
     def offered(self, backend: str, dtype: torch.dtype) -> bool:
         if backend in ("triton", "cuda") and self.mode != "LSTM":
+            return False
+        if backend in ("triton", "cuda", "torch") and self.resets:
             return False
         if backend == "torch" and (self.B == 0 or self.direction == "reverse"):
             return False
@@ -95,6 +100,13 @@ class RecurrentCase:
         lengths = torch.tensor(self.lengths if self.lengths is not None else [self.T] * self.B, dtype=torch.int64)
         return torch.arange(self.T)[:, None] < lengths[None, :]
 
+    def begins(self) -> Tensor | None:
+        """resets [T, B]."""
+        if not self.resets:
+            return None
+        t, some = torch.arange(self.T)[:, None], torch.rand(self.T, self.B, generator=torch.Generator().manual_seed(5))
+        return {"some": some < 0.4, "every": some >= 0, "none": some < 0, "first": (some >= 0) & (t == 0)}[self.resets]
+
     def tensors(self, dtype: torch.dtype, seed: int = 0, poisoned: bool = True) -> Tensors:
         draw = torch.Generator().manual_seed(seed)
         B, T, K, R, LK = self.B, self.T, self.directions, self.R or self.H, self.layers * self.directions
@@ -111,6 +123,7 @@ class RecurrentCase:
                 ((torch.rand(s, generator=draw, dtype=F64) * 2 - 1) * bound).to(dtype) for s in self.weight_shapes()
             ],
             "lengths": given_lengths(self.lengths, self.lengths_as),
+            "resets": self.begins(),
             "dy": normal(T, B, K * R),
             "dh_n": normal(LK, B, R),
             "dc_n": normal(LK, B, self.H),
@@ -128,7 +141,7 @@ class RecurrentCase:
         if self.layout == "strided":
             t = {name: strided(value) for name, value in t.items()}
         if self.layout == "batch_first":
-            for name in ("x", "dy"):
+            for name in ("x", "dy", *(("resets",) if self.resets else ())):
                 t[name] = t[name].transpose(0, 1).contiguous()
         return t
 
@@ -145,11 +158,12 @@ class RecurrentCase:
         if self.direction == "reverse":  # the functional has no lone reverse layer
             c0 = initials[1] if self.has_c else None
             outputs = autograd.recurrent_layer(
-                x, initials[0], c0, weights, t["lengths"], self.bias, "reverse", self.mode, backend
-            )
+                x, initials[0], c0, weights, t["lengths"], t["resets"], self.to_initial, self.bias, "reverse",
+                self.mode, backend,
+            )  # fmt: skip
         else:
             with rnnattn.use_backend(backend):
-                outputs = self.call(x, initials, weights, t["lengths"])
+                outputs = self.call(x, initials, weights, t["lengths"], t["resets"])
         results = dict(zip(("y", *self.initial_of), outputs, strict=False))
         if backward:
             given = [name for name in self.cotangents if name in results]
@@ -161,11 +175,19 @@ class RecurrentCase:
             results |= {name: results[name].transpose(0, 1) for name in ("y", "dx") if name in results}
         return {name: value.detach() for name, value in results.items()}
 
-    def call(self, x: Tensor, initials: Sequence[Tensor], weights: Sequence[Tensor], lengths: Any) -> tuple[Any, ...]:
+    def call(
+        self,
+        x: Tensor,
+        initials: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        lengths: Any,
+        resets: Tensor | None = None,
+    ) -> tuple[Any, ...]:
         """The functional of the mode."""
         settings: dict[str, Any] = {
             "has_biases": self.bias, "num_layers": self.layers, "bidirectional": self.directions == 2,
             "batch_first": self.layout == "batch_first", "lengths": lengths,
+            "resets": resets, "reset_to_initial": self.to_initial,
         }  # fmt: skip
         if self.mode == "LSTM":
             return RF.lstm(x, (initials[0], initials[1]), weights, **settings)
@@ -211,6 +233,28 @@ _EVERY = [
     RecurrentCase(3, 6, 8, 9, "saturated gates: no inf / inf in tanh", scale=100.0, states=True),
     RecurrentCase(3, 4, 5, 6, "int32 lengths", lengths=(4, 0, 2), lengths_as="int32"),
     RecurrentCase(3, 4, 5, 6, "lengths as a list", lengths=(1, 4, 2), lengths_as="list"),
+    RecurrentCase(3, 6, 5, 9, "episodes", resets="some", states=True),
+    RecurrentCase(3, 6, 5, 9, "episodes from the initial states", resets="some", to_initial=True, states=True),
+    RecurrentCase(3, 6, 5, 9, "episodes, reverse: borders are crossed from the other side", resets="some",
+                  direction="reverse", states=True),
+    RecurrentCase(4, 6, 5, 7, "episodes, both directions, ragged: borders behind a row's end, and NaN", resets="some",
+                  lengths=(6, 3, 0, 4), direction="bidirectional", nan=True, states=True),
+    RecurrentCase(4, 6, 5, 7, "episodes from the initial states, both directions, ragged", resets="some",
+                  to_initial=True, lengths=(6, 3, 0, 4), direction="bidirectional", states=True),
+    RecurrentCase(3, 5, 4, 6, "episodes in a stack, batch first", resets="some", layers=2, direction="bidirectional",
+                  layout="batch_first", to_initial=True, states=True),
+    RecurrentCase(1, 4, 5, 6, "episodes in so few steps that weights are not packed", resets="some", states=True),
+    RecurrentCase(3, 4, 5, 6, "episodes of one step each", resets="every", direction="bidirectional", states=True),
+    RecurrentCase(3, 4, 5, 6, "episodes of one step each from the initial states", resets="every", to_initial=True,
+                  direction="bidirectional", states=True),
+    RecurrentCase(3, 4, 5, 6, "no episode begins", resets="none", direction="bidirectional", states=True),
+    RecurrentCase(3, 4, 5, 6, "an episode begins at the first step: nothing comes of the initial states",
+                  resets="first", direction="bidirectional", states=True),
+    RecurrentCase(2, 1, 5, 7, "T=1, an episode begins", resets="first", states=True),
+    RecurrentCase(2, 1, 5, 7, "T=1, an episode begins with the initial states", resets="first", to_initial=True,
+                  states=True),
+    RecurrentCase(3, 5, 5, 8, "gaps between elements of resets too", resets="some", layout="strided", states=True),
+    RecurrentCase(0, 3, 4, 5, "B=0 with resets", resets="every"),
 ]  # fmt: skip
 
 LSTM_CASES = [
@@ -221,6 +265,10 @@ LSTM_CASES = [
     RecurrentCase(3, 4, 5, 6, "only c_n has a cotangent", cotangents=("c_n",), lengths=(4, 2, 1)),
     RecurrentCase(3, 4, 5, 8, "gaps between elements, projection", R=3, layout="strided", states=True,
                   lengths=(4, 1, 2)),
+    RecurrentCase(3, 5, 5, 8, "episodes, projection, both directions", R=3, resets="some", direction="bidirectional",
+                  states=True),
+    RecurrentCase(3, 5, 5, 8, "episodes from the initial states, projection, ragged", R=3, resets="some",
+                  to_initial=True, lengths=(4, 0, 5), states=True),
     RecurrentCase(3, 5, 6, 7, "NaN behind the lengths, projection, both directions", R=4, nan=True, lengths=(3, 0, 4),
                   direction="bidirectional"),
 ]  # fmt: skip
@@ -242,6 +290,8 @@ RNN_CASES = [
     RecurrentCase(2, 5, 6, 7, "relu: NaN behind the lengths of a stack", mode="RNN_RELU", layers=2, nan=True,
                   lengths=(3, 4), bias=False),
     RecurrentCase(2, 1, 5, 7, "relu, T=1", mode="RNN_RELU"),
+    RecurrentCase(3, 5, 6, 7, "relu, episodes from the initial states", mode="RNN_RELU", apart=True, resets="some",
+                  to_initial=True, direction="bidirectional", states=True),
     RecurrentCase(0, 3, 4, 5, "relu, B=0", mode="RNN_RELU"),
     RecurrentCase(3, 4, 5, 6, "relu, reverse, only h_n has a cotangent", mode="RNN_RELU", direction="reverse",
                   lengths=(2, 4, 0), cotangents=("h_n",)),

@@ -73,7 +73,7 @@ def test_cases(backend: str, case: RecurrentCase, dtype: torch.dtype) -> None:
     t = case.tensors(dtype)
     states = given(*(t[name] for name in case.initial_of.values()))
     module = module_of(case, t, dtype)
-    y, finals = module.prepare_inference()(t["x"], states, t["lengths"])
+    y, finals = module.prepare_inference()(t["x"], states, t["lengths"], t["resets"], case.to_initial)
     got = dict(zip(("y", *case.initial_of), (y, *each(finals)), strict=True))
     if case.layout == "batch_first":
         got["y"] = y.transpose(0, 1)
@@ -102,8 +102,13 @@ def test_every_form_of_the_arguments(kind: str, options: dict[str, Any], with_st
     close(prepared(x, *hx), module(x, *hx))
     lengths = torch.tensor([2, 0, 4])
     close(prepared(x, *hx, lengths=lengths), module(x, *hx, lengths=lengths))
+    resets = torch.rand(x.shape[:2]) < 0.5
+    for to_initial in (False, True):
+        episodes = {"resets": resets, "reset_to_initial": to_initial}
+        close(prepared(x, *hx, **episodes), module(x, *hx, **episodes))
     one = given(*(s[:, 0] for s in each(state)))
     close(prepared(x[0], *([one] if hx else [])), module(x[0], *([one] if hx else [])))
+    close(prepared(x[0], resets=resets[0]), module(x[0], resets=resets[0]))
     packed = pack_padded_sequence(x, torch.tensor([2, 1, 4])[: x.shape[0 if module.batch_first else 1]],
                                   batch_first=module.batch_first, enforce_sorted=False)  # fmt: skip
     close(list(prepared(packed, *hx)), list(module(packed, *hx)))
@@ -462,6 +467,9 @@ def _calls(module: Any) -> dict[str, tuple[Any, ...]]:
         "lengths": (x, state, torch.tensor([4, 1])),
         "shape of lengths": (x, None, torch.tensor([1])),
         "lengths of a packed sequence": (packed, None, torch.tensor([1, 2])),
+        "shape of resets": (x, None, None, torch.zeros(2, 3, dtype=torch.bool)),
+        "dtype of resets": (x, state, None, torch.zeros(3, 2)),
+        "resets of a packed sequence": (packed, None, None, torch.zeros(3, 2, dtype=torch.bool)),
         "device": (x.to("meta"),),
         "device of the state": (x, like(1, 2, H, device="meta")),
         "no tensor": (x.tolist(), state),

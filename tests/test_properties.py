@@ -32,6 +32,8 @@ def recurrent_cases(draw: st.DrawFn) -> RecurrentCase:
         direction=draw(st.sampled_from(["forward", "bidirectional"])),
         bias=draw(st.booleans()),
         lengths=lengths,
+        resets=draw(st.sampled_from(["", "some", "every"])),
+        to_initial=draw(st.booleans()),
         states=draw(st.booleans()),
         cotangents=draw(st.sampled_from([("y",), ("h_n", "c_n"), ("y", "h_n", "c_n")])),
         layout=draw(st.sampled_from(["contiguous", "strided", "expanded", "batch_first"])),

@@ -39,7 +39,7 @@ def _assert_padding_is_exact(case: RecurrentCase, t: dict[str, Any], got: dict[s
             assert torch.equal(got["d" + initial][:, empty], t["d" + state][:, empty])
 
 
-SAMPLE = ("the plain", "ragged, with", "projection, ragged", "a ragged stack")
+SAMPLE = ("the plain", "ragged, with", "projection, ragged", "a ragged stack", "episodes from the initial")
 SOME = [case for case in RECURRENT_CASES if case.reason.startswith(SAMPLE)]
 
 
@@ -59,7 +59,7 @@ def test_inference_gives_the_same_numbers(name: str, case: RecurrentCase, dtype:
 
 
 @pytest.mark.parametrize("backend, mode", each_mode("reference", "cpp"))
-@pytest.mark.parametrize("kind", ["states", "both directions, ragged", "stack"])
+@pytest.mark.parametrize("kind", ["states", "both directions, ragged", "stack", "episodes", "episodes from hx"])
 def test_gradcheck(backend: str, mode: str, kind: str) -> None:
     case = {
         "states": RecurrentCase(2, 3, 2, 3, kind, mode, states=True),
@@ -76,12 +76,17 @@ def test_gradcheck(backend: str, mode: str, kind: str) -> None:
             states=True,
         ),
         "stack": RecurrentCase(2, 3, 2, 2, kind, mode, layers=2, bias=False, lengths=(3, 1), states=True),
-    }[kind]
+        "episodes": RecurrentCase(3, 4, 2, 3, kind, mode, direction="bidirectional", resets="some", states=True),
+        "episodes from hx": RecurrentCase(
+            3, 4, 2, 3, kind, mode, R=2 if mode == "LSTM" else 0, direction="bidirectional", lengths=(4, 0, 3),
+            resets="some", to_initial=True, states=True,
+        ),
+    }[kind]  # fmt: skip
     t, states = case.tensors(F64), len(case.initial_of)
 
     def layers(x: Any, *rest: Any) -> Any:
         with rnnattn.use_backend(backend):
-            return case.call(x, rest[:states], rest[states:], t["lengths"])
+            return case.call(x, rest[:states], rest[states:], t["lengths"], t["resets"])
 
     inputs = [t["x"], *(t[name] for name in case.initial_of.values()), *t["weights"]]
     inputs = [p.requires_grad_() for p in inputs]

@@ -23,6 +23,12 @@ RAGGED = {
     )
     for mode in MODES
 }  # fmt: skip
+EPISODES = {
+    mode: RecurrentCase(
+        3, 4, 5, 6, "episodes", mode, direction="bidirectional", resets="some", to_initial=True, states=True
+    )
+    for mode in MODES
+}
 on_each = pytest.mark.parametrize("backend, mode", each_mode())
 
 
@@ -42,7 +48,7 @@ class Spy:
 
         def spied_backward(*a: Any) -> Any:
             self.cotangents.append(tuple(d is not None for d in a[:3]))
-            self.needs.append(a[14:16])
+            self.needs.append(a[16:18])
             return backward(*a)
 
         monkeypatch.setattr(adapter, "recurrent_layer_forward", spied_forward)
@@ -62,7 +68,8 @@ def run(case: RecurrentCase, backend: str, *differentiable: str) -> tuple[dict[s
 def layer(case: RecurrentCase, t: dict[str, Any]) -> tuple[Any, ...]:
     """The operator's arguments up to the settings, and the settings."""
     lengths = None if t["lengths"] is None else t["lengths"].to(t["x"].device)
-    return (t["x"], t["h0"], t.get("c0"), t["weights"], lengths), (case.bias, case.direction, case.mode)
+    inputs = t["x"], t["h0"], t.get("c0"), t["weights"], lengths, t["resets"], case.to_initial
+    return inputs, (case.bias, case.direction, case.mode)
 
 
 # --- what need not be computed -------------------------------------------------------------------
@@ -204,6 +211,21 @@ def test_opcheck(backend: str, mode: str, case: dict[str, RecurrentCase], grad: 
     torch.library.opcheck(torch.ops.rnnattn.recurrent_layer.default, (*inputs, *settings, True, backend))
     if not grad:
         torch.library.opcheck(torch.ops.rnnattn.recurrent_layer.default, (*inputs, *settings, False, backend))
+
+
+@pytest.mark.parametrize("backend, mode", each_mode("reference", "cpp"))
+def test_opcheck_with_resets(backend: str, mode: str) -> None:
+    t = EPISODES[mode].tensors(F32)
+    inputs, settings = layer(EPISODES[mode], t)
+    y, _, _, gates, cells = torch.ops.rnnattn.recurrent_layer(*inputs, *settings, True, backend)
+    cotangents = [t["dy"], t["dh_n"], t.get("dc_n")]
+    torch.library.opcheck(
+        torch.ops.rnnattn.recurrent_layer_backward.default,
+        (*cotangents, *inputs, y, gates, cells, *settings, True, True, backend),
+    )
+    for p in (*(t[name] for name in ("x", *EPISODES[mode].initial_of.values())), *t["weights"]):
+        p.requires_grad_()
+    torch.library.opcheck(torch.ops.rnnattn.recurrent_layer.default, (*inputs, *settings, True, backend))
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ def _layers(module: nn.RNNBase, x: Tensor, states: list[Tensor], lengths: Any = 
         weights = list(module._flat_weights[n * per_layer : (n + 1) * per_layer])
         h0, c0 = (states[i][n * K : (n + 1) * K] if i < len(states) else None for i in range(2))
         x, *rest = reference.recurrent_layer_forward(
-            x, h0, c0, weights, lengths, module.bias, direction, module.mode
-        )  # fmt: skip
+            x, h0, c0, weights, lengths, None, False, module.bias, direction, module.mode
+        )
         finals.append(rest[: len(states)])
     return [x, *(torch.cat(parts) for parts in zip(*finals, strict=True))]
 
@@ -84,9 +84,9 @@ def test_layers_are_torchs(mode: str, options: dict[str, Any], ragged: bool) -> 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_lone_reverse_layer_is_half_a_bidirectional_one(mode: str) -> None:
-    case = RecurrentCase(3, 5, 4, 6, "", mode, direction="bidirectional", lengths=(5, 0, 3), states=True)
+    case = RecurrentCase(3, 5, 4, 6, "", mode, direction="bidirectional", lengths=(5, 0, 3), resets="some", states=True)
     t, has_c = case.tensors(F64), case.has_c
-    settings = t["lengths"], True
+    settings = t["lengths"], t["resets"], False, True
     both = reference.recurrent_layer_forward(
         t["x"], t["h0"], t.get("c0"), t["weights"], *settings, "bidirectional", mode
     )
@@ -100,9 +100,9 @@ def test_a_lone_reverse_layer_is_half_a_bidirectional_one(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_no_steps(mode: str) -> None:
     """T=0: the states come back, and what is saved is as empty as it should be."""
-    case = RecurrentCase(3, 0, 4, 6, "", mode, direction="bidirectional", states=True)
+    case = RecurrentCase(3, 0, 4, 6, "", mode, direction="bidirectional", resets="every", states=True)
     t, cell = case.tensors(F64), CELLS[mode]
-    inputs = (t["x"], t["h0"], t.get("c0"), t["weights"], None)
+    inputs = (t["x"], t["h0"], t.get("c0"), t["weights"], None, t["resets"], False)
     y, h_n, c_n, gates, cells = reference.recurrent_layer_forward(*inputs, True, "bidirectional", mode)
     assert y.shape == (0, 3, 12) and torch.equal(h_n, t["h0"])
     assert not cell.has_c or (torch.equal(c_n, t["c0"]) and cells.shape == (2, 0, 3, 6))
@@ -127,7 +127,8 @@ def test_explicit_backward_is_autograds(case: RecurrentCase) -> None:
     x, h0, *rest = leaves
     c0, weights = (rest[0], rest[1:]) if case.has_c else (None, rest)
     lengths = torch.tensor(case.lengths, dtype=torch.int64) if case.lengths is not None else None
-    arguments, settings = (x, h0, c0, weights, lengths), (case.bias, case.direction, case.mode)
+    arguments = (x, h0, c0, weights, lengths, t["resets"], case.to_initial)
+    settings = (case.bias, case.direction, case.mode)
     y, h_n, c_n, gates, cells = reference.recurrent_layer_forward(*arguments, *settings)
     outputs = {"y": y, "h_n": h_n} | ({"c_n": c_n} if case.has_c else {})
     given = [name for name in case.cotangents if name in outputs]
@@ -146,14 +147,19 @@ def test_explicit_backward_is_autograds(case: RecurrentCase) -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
 @pytest.mark.parametrize("mode", MODES)
-def test_gradcheck_layer(mode: str, direction: str) -> None:
+@pytest.mark.parametrize("resets", ["", "some"], ids=["whole", "episodes"])
+def test_gradcheck_layer(mode: str, direction: str, resets: str) -> None:
     R = 2 if mode == "LSTM" else 0
-    case = RecurrentCase(3, 3, 2, 3, "", mode, R=R, direction=direction, lengths=(3, 0, 2), states=True)
+    case = RecurrentCase(
+        3, 3, 2, 3, "", mode, R=R, direction=direction, lengths=(3, 0, 2), resets=resets, to_initial=True, states=True
+    )
     t, n = case.tensors(F64), len(case.initial_of)
 
     def layer(x: Any, h0: Any, *rest: Any) -> Any:
         c0, weights = (rest[0], list(rest[1:])) if n == 2 else (None, list(rest))
-        results = reference.recurrent_layer_forward(x, h0, c0, weights, t["lengths"], True, direction, mode)
+        results = reference.recurrent_layer_forward(
+            x, h0, c0, weights, t["lengths"], t["resets"], case.to_initial, True, direction, mode
+        )
         return results[: 1 + n]
 
     inputs = (t["x"], *(t[name] for name in case.initial_of.values()), *t["weights"])

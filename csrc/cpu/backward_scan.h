@@ -36,7 +36,7 @@ class Backward {
       } else {
         for_blocks(m.first, m.last, step, [&](int64_t block, int64_t next) {
           const auto lines = [&](int64_t i, int64_t rows) { return lines_of_cells(block, step, i, rows); };
-          state_gradients(block, next, later, running, lines, [&](int64_t i, int64_t unit, int64_t n, Vec<F> dh) {
+          state_gradients(block, next, step, later, running, lines, [&](int64_t i, int64_t unit, int64_t n, Vec<F> dh) {
             cell(i, step, unit, n, dh + output_gradient(i, step, unit, n));
           });
         });
@@ -47,7 +47,7 @@ class Backward {
     point_at_later_step(-1, running);
     const bool apart = p.w_hr;  // with a projection h has other columns than the units
     for_blocks(apart ? m.first_projected : m.first, apart ? m.last_projected : m.last, 0, [&](int64_t block, int64_t next) {
-      state_gradients(block, next, running, running, NoLines{}, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
+      state_gradients(block, next, -1, running, running, NoLines{}, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
         store<F>(p.dh + p.rows.row[i] * p.R + column, dh, n);
       });
     });
@@ -95,16 +95,25 @@ class Backward {
       d_rows[i] = p.d_gates + slot_of(p.rows, i, time_of(p.rows, i, step + 1)) * columns + hidden_column(p.mode) * p.H;
   }
 
-  // body(row, column, lanes, gradient of h) for the columns of a block: rows [0, later) have it from
+  bool is_reset(int64_t i, int64_t step) const { return rnnattn::is_reset(p.resets, p.B, p.rows, i, step); }
+
+  // What the step before a reset gets of the gradient of its state: nothing. What took the state's place gets it.
+  static Vec<F> cut(F* replacement, int64_t at, int64_t n, Vec<F> d) {
+    if (replacement) store<F>(replacement + at, load(replacement + at, n) + d, n);
+    return Vec<F>{};
+  }
+
+  // body(row, column, lanes, gradient of h after a step) for the columns of a block: rows [0, later) have it from
   // their later step, rows [later, end) end here and have that of h_n.
   template <typename Fetch, typename Body>
-  void state_gradients(int64_t block, int64_t next, int64_t later, int64_t end, const Fetch& lines, const Body& body) {
+  void state_gradients(int64_t block, int64_t next, int64_t step, int64_t later, int64_t end, const Fetch& lines, const Body& body) {
     const int64_t K = weight_gates(p.mode) * p.H;
     const auto given = [&](int64_t i, int64_t column, int64_t n) { return load(p.dh + p.rows.row[i] * p.R + column, n); };
     const auto panel = [&](int64_t n) { return static_cast<const typename W::Word*>(p.w_hh) + n * words<W>(K) * kBlock; };
     for_products<V, F, W>({d_rows, K, panel(block), panel(next)}, 0, later, lines, [&](int64_t first, int64_t rows, const F* sums) {
       for_vectors(sums, block, first, rows, p.R, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
-        body(i, column, n, Cell::kCarry ? dh + given(i, column, n) : dh);
+        if constexpr (Cell::kCarry) dh += given(i, column, n);
+        body(i, column, n, is_reset(i, step + 1) ? cut(p.dh_reset, p.rows.row[i] * p.R + column, n, dh) : dh);
       });
     });
     for (int64_t i = later; i < end; ++i)
@@ -124,7 +133,7 @@ class Backward {
   void projected_gradient(int64_t step, int64_t later, int64_t running) {
     for (int64_t i = 0; i < running; ++i) dh_rows[i] = p.dh_out + slot_of(p.rows, i, time_of(p.rows, i, step)) * p.R;
     for_blocks(m.first_projected, m.last_projected, step, [&](int64_t block, int64_t next) {
-      state_gradients(block, next, later, running, NoLines{}, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
+      state_gradients(block, next, step, later, running, NoLines{}, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
         store<F>(const_cast<F*>(dh_rows[i]) + column, dh + output_gradient(i, step, column, n), n);
       });
     });
@@ -143,14 +152,20 @@ class Backward {
   void cell(int64_t i, int64_t step, int64_t unit, int64_t n, Vec<F> dh) {
     const int64_t b = p.rows.row[i], t = time_of(p.rows, i, step), at = t * p.B + b;
     const int64_t before = step ? time_of(p.rows, i, step - 1) * p.B + b : 0;
+    const bool anew = is_reset(i, step);
     Vec<F> h{}, h_prev{};
     if constexpr (Cell::kNeedsH) h = load_stored<F>(p.stored, p.y, at * p.y_row + unit, n);
     if constexpr (Cell::kNeedsPrevious)
-      h_prev = step ? load_stored<F>(p.stored, p.y, before * p.y_row + unit, n) : load(p.h0 + b * p.R + unit, n);
+      h_prev = step && !anew ? load_stored<F>(p.stored, p.y, before * p.y_row + unit, n)
+                             : load((anew ? p.resets.h : p.h0) + b * p.R + unit, n);
     const F *c = nullptr, *c_prev = nullptr;
-    if (p.cells) c = p.cells + at * p.H, c_prev = step ? p.cells + before * p.H : p.c0 + b * p.H;
+    if (p.cells) c = p.cells + at * p.H, c_prev = anew ? p.resets.c + b * p.H : step ? p.cells + before * p.H : p.c0 + b * p.H;
     Cell::template backward<F>({unit, n, p.H, p.stored, p.gates, at * columns, c, c_prev, h, h_prev, p.dc + b * p.H,
                                 p.d_gates + slot_of(p.rows, i, t) * columns, p.d_bias, p.dh + b * p.R}, dh);
+    if (p.cells && anew) {
+      F* dc = p.dc + b * p.H + unit;
+      store<F>(dc, cut(p.dc_reset, b * p.H + unit, n, load(dc, n)), n);
+    }
   }
 
   const BackwardScan<F>& p;

@@ -15,7 +15,8 @@ struct ForwardUnits {
   int64_t H;
   Stored stored;
   const F* h_prev;   // the row's states, from unit 0 on; all pointers below likewise
-  F* c;              // in: c_prev; out: c
+  const F* c_prev;   // may be c
+  F* c;              // out
   F* cells;          // out: c as well, or null
   void* gates;       // out, or null
   int64_t gates_at;  // index of the row's first gate
@@ -57,7 +58,7 @@ struct Lstm {
   template <typename F>
   RNNATTN_INLINE static Vec<F> forward(const ForwardUnits<F>& at) {
     const Vec<F> i = sigmoid(at.sum(0)), f = sigmoid(at.sum(1)), g = tanh(at.sum(2)), o = sigmoid(at.sum(3));
-    const Vec<F> c = f * load(at.c + at.unit, at.n) + i * g;
+    const Vec<F> c = f * load(at.c_prev + at.unit, at.n) + i * g;
     store<F>(at.c + at.unit, c, at.n);
     if (at.cells) store<F>(at.cells + at.unit, c, at.n);
     if (at.gates) at.save(0, i), at.save(1, f), at.save(2, g), at.save(3, o);

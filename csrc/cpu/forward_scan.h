@@ -36,7 +36,8 @@ class Forward {
           input_product(block, chunk_rows, w_ih(block + 1), m.gates_x + (block - m.first) * chunk_rows * kBlock);
       for (int64_t first_row = 0; step < end; ++step, first_row += running) {
         while (p.rows.length[running - 1] <= step) --running;
-        for (int64_t i = 0; i < running; ++i) h_rows[i] = state(i, step - 1);
+        for (int64_t i = 0; i < running; ++i)
+          h_rows[i] = is_reset(i, step) ? p.resets.h + p.rows.row[i] * p.R : state(i, step - 1);
         for (int64_t n = 0; n < m.last - m.first; ++n) {
           // There and back again: the panels read last are still in cache.
           const int64_t back = (step + p.calls) % 2, at = back ? m.last - m.first - 1 - n : n, block = m.first + at;
@@ -110,6 +111,8 @@ class Forward {
     }
   }
 
+  bool is_reset(int64_t i, int64_t step) const { return rnnattn::is_reset(p.resets, p.B, p.rows, i, step); }
+
   // Where row i's state after a scan step is read as F; step -1 is the initial state.
   F* state(int64_t i, int64_t step) const {
     const int64_t b = p.rows.row[i];
@@ -128,12 +131,13 @@ class Forward {
   void units(int64_t block, int64_t step, int64_t first, int64_t rows, const F* gates_x, const F* sums) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = first + r, b = p.rows.row[i], at = time_of(p.rows, i, step) * p.B + b;
+      const F* c_prev = (is_reset(i, step) ? p.resets.c : p.c) + b * p.H;
       for (int64_t u = 0; u < Cell::kUnits; ++u) {
         const int64_t unit = (block * Cell::kUnits + u) * L, left = p.H - unit, n = left < L ? left : L;
         if (n <= 0) break;
         const int64_t vectors = r * kBlock + u * Cell::kGates * L;
         const Vec<F> h = Cell::template forward<F>(
-            {unit, n, p.H, p.stored, h_rows[i], p.c + b * p.H, p.cells ? p.cells + at * p.H : nullptr, p.gates,
+            {unit, n, p.H, p.stored, h_rows[i], c_prev, p.c + b * p.H, p.cells ? p.cells + at * p.H : nullptr, p.gates,
              at * gate_columns(p.mode) * p.H, gates_x + vectors, sums + vectors, p.bias_q});
         if (p.h_raw) store_rounded(p.h_raw + b * p.H + unit, h, n);
         else put(i, step, unit, n, h);

@@ -59,6 +59,13 @@ inline std::vector<DirectionWeights> split_weights(at::TensorList weights, bool 
   return parts;
 }
 
+// What resets put in the place of other states: the initial ones, or zeros. Undefined without resets, or without such states.
+inline Tensor reset_states(const OptionalTensor& resets, bool to_initial, const Tensor& initial) {
+  return !resets || !initial.defined() ? Tensor() : to_initial ? initial : at::zeros_like(initial);
+}
+
+inline const bool* flags(const OptionalTensor& resets) { return resets ? resets->const_data_ptr<bool>() : nullptr; }
+
 inline int64_t blocks_of(int64_t width, int64_t units, int64_t lanes) { return (width + units * lanes - 1) / (units * lanes); }
 
 // A matrix and, where it is to be packed, the memory its panels go to.

@@ -7,6 +7,7 @@
 
 #include "../dispatch.h"
 #include "layer.h"
+#include "previous_states.h"
 #include "row_order.h"
 
 namespace rnnattn {
@@ -16,68 +17,11 @@ constexpr int64_t kNarrow = 512;  // columns up to which one GEMM and some copie
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
-// Where the (step, row) pairs inside their row's length stand in [T, B], slot by slot.
-struct Slots {
-  Tensor all;                     // [slots], t * B + b
-  Tensor first, rows;             // slots at which a scan starts, and their rows b
-  Tensor others, before;          // the other slots, and where the step before stands
-
-  Slots(const RowOrder& order, int64_t B, bool reverse) {
-    const auto integers = at::TensorOptions().dtype(at::kLong);
-    std::vector<int64_t> starts, start_rows, rest, previous;
-    all = at::empty({order.slots}, integers);
-    order.for_rows([&](int64_t b, int64_t length, int64_t place) {
-      for (int64_t t = 0; t < length; ++t) {
-        const int64_t slot = order.slot(t, place), before_t = reverse ? t + 1 : t - 1;
-        all.data_ptr<int64_t>()[slot] = t * B + b;
-        if (before_t < 0 || before_t >= length) starts.push_back(slot), start_rows.push_back(b);
-        else rest.push_back(slot), previous.push_back(before_t * B + b);
-      }
-    });
-    const auto tensor = [&](const std::vector<int64_t>& v) { return at::tensor(v, integers); };
-    first = tensor(starts), rows = tensor(start_rows), others = tensor(rest), before = tensor(previous);
-  }
-};
-
-// out = the sum over the rows of a_i (x) b_i; for a single one a GEMM takes longer than writing it does.
-Tensor outer_into(Tensor out, const Tensor& a, const Tensor& b) {
-  return a.size(0) == 1 ? at::mul_out(out, a.t(), b) : at::mm_out(out, a.t(), b);
-}
-
-Tensor outer_sum(const Tensor& a, const Tensor& b) { return outer_into(workspace({a.size(1), b.size(1)}, a.options()), a, b); }
-
-// out[slot] = h_{t-1} of each slot, [slots, R]
-void copy_previous_states(const Tensor& out, const Tensor& y, const Tensor& h0, const RowOrder& order, bool reverse) {
-  const int64_t T = y.size(0), B = y.size(1), R = y.size(2);
-  if (order.ragged) {
-    const Slots slots(order, B, reverse);
-    out.index_copy_(0, slots.first, h0.index_select(0, slots.rows).to(out.scalar_type()));
-    out.index_copy_(0, slots.others, y.reshape({T * B, R}).index_select(0, slots.before).to(out.scalar_type()));
-    return;
-  }
-  out.narrow(0, reverse ? (T - 1) * B : 0, B).copy_(h0);
-  out.narrow(0, reverse ? 0 : B, (T - 1) * B).view({T - 1, B, R}).copy_(y.narrow(0, reverse, T - 1));
-}
-
-// sum over all steps of d_t (x) h_{t-1}, [columns of d, R].
-Tensor state_product(const Tensor& d, const Tensor& y, const Tensor& h0, const RowOrder& order, bool reverse) {
-  const auto acc = d.scalar_type();
-  const int64_t T = y.size(0), B = y.size(1), R = y.size(2);
-  if (order.ragged) {
-    const Tensor h_prev = workspace({order.slots, R}, d.options());
-    copy_previous_states(h_prev, y, h0, order, reverse);
-    return outer_sum(d, h_prev);
-  }
-  const Tensor sum = outer_sum(d.narrow(0, reverse ? (T - 1) * B : 0, B), h0.to(acc));
-  if (T > 1) sum.addmm_(d.narrow(0, reverse ? 0 : B, (T - 1) * B).t(), y.narrow(0, reverse, T - 1).reshape({(T - 1) * B, R}).to(acc));
-  return sum;
-}
-
 template <typename F>
 Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
                    const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
-                   const Tensor& y, const Tensor& gates, const Tensor& cells, bool has_biases, std::string_view direction,
-                   Mode mode, bool needs_dx, bool needs_dweights, bool overwrites) {
+                   const OptionalTensor& resets, bool reset_to_initial, const Tensor& y, const Tensor& gates, const Tensor& cells,
+                   bool has_biases, std::string_view direction, Mode mode, bool needs_dx, bool needs_dweights, bool overwrites) {
   const auto reverses = parse_direction(direction);
   const auto acc = c10::CppTypeToScalarType<F>::value;
   const auto dtype = x.scalar_type();
@@ -94,6 +38,9 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   };
   const Tensor dh = start(dh_n, R), dc = lstm ? start(dc_n, H) : none;
   const Tensor h0_full = h0.to(acc).contiguous(), c0_full = lstm ? c0->to(acc).contiguous() : Tensor();
+  const Tensor h_reset = reset_states(resets, reset_to_initial, h0_full), c_reset = reset_states(resets, reset_to_initial, c0_full);
+  const auto zeros_like = [&](const Tensor& t) { return resets && reset_to_initial ? at::zeros_like(t) : Tensor(); };
+  const Tensor dh_reset = zeros_like(dh), dc_reset = zeros_like(dc);
   OptionalTensor dy = dy_given;
   if (dy && dy->stride(2) != 1) dy = dy->contiguous();
 
@@ -139,10 +86,13 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
                                pointer(h0_full, B * R), pointer(c0_full, B * H), pointer(dh, B * R), pointer(dc, B * H),
                                pointer(d_gates, order.slots * columns * H),
                                d_bias.numel() ? d_bias.data_ptr<F>() + (k * plan.groups + group) * columns * H : nullptr,
-                               pointer(dh_out, order.slots * R)};
+                               pointer(dh_out, order.slots * R),
+                               {flags(resets), pointer(h_reset, B * R), pointer(c_reset, B * H)}, pointer(dh_reset, B * R),
+                               pointer(dc_reset, B * H)};
     kernels<F>().backward_scan(scan, member);
   });
 
+  if (dh_reset.defined()) dh.add_(dh_reset), dc.add_(dc_reset);
   const Tensor rows = order.ragged ? Slots(order, B, false).all : Tensor();
   const auto packed = [&](const Tensor& t) {  // [T, B, n] -> [slots, n], as F
     const Tensor flat = t.reshape({T * B, t.size(2)});
@@ -156,6 +106,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
     const Tensor d = d_gates[k], d_h = d.narrow(1, hidden_column(mode) * H, used * H);
     if (one_step && gru) dh[k].addmm_(d_h, w.w_hh);
     else if (one_step) dh[k].copy_(at::mm(d_h, w.w_hh));
+    if (one_step && resets && !reset_to_initial && !reverses[k]) dh[k].masked_fill_(resets->view({B, 1}), 0);
     // The columns of the input product and their rows of w_ih: those of GRU's n stand first in d, last in w_ih.
     struct Part { int64_t column, row, n; };
     const std::vector<Part> parts_x = gru ? std::vector<Part>{{H, 0, 2 * H}, {0, 2 * H, H}} : std::vector<Part>{{0, 0, used * H}};
@@ -166,11 +117,11 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
         else dx = workspace({order.slots, I}, full), at::mm_out(dx, d_part, w_part);
       }
     if (!needs_dweights) continue;
-    const Tensor y_k = y.narrow(2, k * R, R);
+    const PreviousStates h_prev{y.narrow(2, k * R, R), h0[k], order, reverses[k], resets, reset_to_initial};
     if (parts_x.size() == 1 && order.slots >= used * H && I + R <= kNarrow) {
       const Tensor inputs = workspace({order.slots, I + R}, full);
       inputs.narrow(1, 0, I).copy_(x_packed);
-      copy_previous_states(inputs.narrow(1, I, R), y_k, h0[k], order, reverses[k]);
+      h_prev.copy_to(inputs.narrow(1, I, R));
       const Tensor product = outer_sum(d, inputs);
       for (const Tensor& dw : {product.narrow(1, 0, I), product.narrow(1, I, R)})
         dweights.push_back(dw.to(dtype, false, true, at::MemoryFormat::Contiguous));
@@ -178,7 +129,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
       const Tensor dw_ih = workspace({used * H, I}, full);
       for (const Part& part : parts_x) outer_into(dw_ih.narrow(0, part.row, part.n), d.narrow(1, part.column, part.n), x_packed);
       dweights.push_back(dw_ih.to(dtype));
-      dweights.push_back(state_product(d_h, y_k, h0[k], order, reverses[k]).to(dtype));
+      dweights.push_back(h_prev.product(d_h).to(dtype));
     }
     if (has_biases) {
       const Tensor sums = d_bias[k].sum(0);
@@ -196,14 +147,16 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
 
 Gradients recurrent_layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
                                    const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                                   const OptionalTensor& lengths, const Tensor& y, const Tensor& gates, const Tensor& cells,
-                                   bool has_biases, std::string_view direction, std::string_view mode, bool needs_dx,
-                                   bool needs_dweights, bool overwrites) {
+                                   const OptionalTensor& lengths, const OptionalTensor& resets, bool reset_to_initial,
+                                   const Tensor& y, const Tensor& gates, const Tensor& cells, bool has_biases,
+                                   std::string_view direction, std::string_view mode, bool needs_dx, bool needs_dweights,
+                                   bool overwrites) {
   adapt_to_fork();
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
   return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
-    return backward<decltype(zero)>(dy, dh_n, dc_n, x, h0, c0, weights, contiguous(lengths), y, gates, cells, has_biases,
-                                    direction, parse_mode(mode), needs_dx, needs_dweights, overwrites);
+    return backward<decltype(zero)>(dy, dh_n, dc_n, x, h0, c0, weights, contiguous(lengths), contiguous(resets),
+                                    reset_to_initial, y, gates, cells, has_biases, direction, parse_mode(mode), needs_dx,
+                                    needs_dweights, overwrites);
   });
 }
 

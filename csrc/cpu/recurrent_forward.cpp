@@ -52,7 +52,8 @@ void finish_rows(const RowOrder& order, const std::vector<bool>& reverses, const
 // Outputs that there are not are undefined.
 template <typename F>
 Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c0, std::vector<ForwardWeights<F>>& weights,
-                const OptionalTensor& lengths, const std::vector<bool>& reverses, Mode mode, bool save, int64_t calls = 0) {
+                const OptionalTensor& lengths, const OptionalTensor& resets, bool reset_to_initial,
+                const std::vector<bool>& reverses, Mode mode, bool save, int64_t calls = 0) {
   const auto acc = c10::CppTypeToScalarType<F>::value;
   const Stored stored = stored_as(x_given.scalar_type());
   const Tensor x = x_given.stride(2) == 1 || x_given.size(2) == 1 ? x_given : x_given.contiguous();
@@ -69,6 +70,7 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
   const Tensor c0_full = lstm ? c0->to(acc).contiguous() : Tensor(), c = lstm ? at::empty({K, B, H}, full) : Tensor();
   if (lstm) std::memcpy(c.data_ptr(), c0_full.const_data_ptr(), c.nbytes());
   const Tensor h = stored == Stored::kFull ? Tensor() : at::empty({K, 2, B, R}, full);
+  const Tensor h_reset = reset_states(resets, reset_to_initial, h0_full), c_reset = reset_states(resets, reset_to_initial, c0_full);
   const Tensor h_raw = projected ? at::empty({K, B, H}, full) : Tensor();
 
   std::vector<const PackedMatrix<F>*> to_pack;
@@ -115,7 +117,8 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
                               w.ih.packing.panel, w.ih.data(), w.hh.data(), part(w.scale_ih, 0), part(w.scale_hh, 0), part(w.bias, 0),
                               part(w.bias_q, 0), w.hr ? static_cast<const F*>(w.hr->data()) : nullptr, part(h0_full, B * R),
                               part(h, 2 * B * R), part(h_raw, B * H), part(c, B * H), stored_part(y, R), K * R,
-                              stored_part(gates, T * B * columns * H), part(cells, T * B * H), chunk_of(members), calls};
+                              stored_part(gates, T * B * columns * H), part(cells, T * B * H), chunk_of(members), calls,
+                              {flags(resets), part(h_reset, B * R), part(c_reset, B * H)}};
     kernels<F>().forward_scan(scan, member);
   });
 
@@ -127,8 +130,8 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
 Tensor or_empty(const Tensor& t, at::TensorOptions options) { return t.defined() ? t : at::empty({0}, options); }
 
 Outputs recurrent_layer_forward(const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                                const OptionalTensor& given_lengths, bool has_biases, std::string_view direction,
-                                std::string_view mode_name, bool save) {
+                                const OptionalTensor& given_lengths, const OptionalTensor& resets, bool reset_to_initial,
+                                bool has_biases, std::string_view direction, std::string_view mode_name, bool save) {
   const OptionalTensor lengths = contiguous(given_lengths);
   adapt_to_fork();
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
@@ -138,7 +141,8 @@ Outputs recurrent_layer_forward(const Tensor& x, const Tensor& h0, const Optiona
     auto packed = forward_weights<F>(weights, has_biases, h0.size(0), mode, weights[0].size(0) / weight_gates(mode));
     if (keeps_bfloat16(weights[0].scalar_type(), mean_rows(lengths, x.size(0), x.size(1))))
       for (auto& w : packed) w.ih.packing.panel = w.hh.packing.panel = Panel::kBFloat16;
-    const auto [y, h_n, c_n, gates, cells] = forward<F>(x, h0, c0, packed, lengths, parse_direction(direction), mode, save);
+    const auto [y, h_n, c_n, gates, cells] = forward<F>(x, h0, c0, packed, lengths, contiguous(resets), reset_to_initial,
+                                                              parse_direction(direction), mode, save);
     const auto empty = [&](const Tensor& t) { return or_empty(t, x.options()); };
     return Outputs{y, h_n, empty(c_n), empty(gates), empty(cells)};
   });
@@ -182,11 +186,13 @@ class Stack final : public PreparedStack {
   }
 
   std::tuple<Tensor, Tensor, Tensor> run(const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
-                                         const OptionalTensor& lengths) const override {
+                                         const OptionalTensor& lengths, const OptionalTensor& resets,
+                                         bool reset_to_initial) const override {
     adapt_to_fork();
     at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
     if (layers_.size() == 1) {
-      auto [y, h_n, c_n, gates, cells] = forward<F>(x, h0, c0, layers_[0], lengths, reverses_, mode_, false, calls_++);
+      auto [y, h_n, c_n, gates, cells] = forward<F>(x, h0, c0, layers_[0], lengths, resets, reset_to_initial, reverses_, mode_,
+                                                    false, calls_++);
       return {std::move(y), std::move(h_n), std::move(c_n)};
     }
     const int64_t K = reverses_.size();
@@ -194,7 +200,8 @@ class Stack final : public PreparedStack {
     std::vector<Tensor> h_n, c_n;
     for (size_t layer = 0; layer < layers_.size(); ++layer) {
       const auto own = [&](const Tensor& states) { return states.narrow(0, layer * K, K); };
-      auto out = forward<F>(y, own(h0), c0 ? OptionalTensor(own(*c0)) : c0, layers_[layer], lengths, reverses_, mode_, false);
+      auto out = forward<F>(y, own(h0), c0 ? OptionalTensor(own(*c0)) : c0, layers_[layer], lengths, resets, reset_to_initial,
+                            reverses_, mode_, false);
       y = std::get<0>(out);
       h_n.push_back(std::get<1>(out)), c_n.push_back(std::get<2>(out));
     }
@@ -210,10 +217,11 @@ class Stack final : public PreparedStack {
 
 // A stack of layers over prepared weights, without dropout; x [T, B, I], h0 [L K, B, R], c0 [L K, B, H].
 std::tuple<Tensor, Tensor, Tensor> prepared_forward(const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
-                                                    const OptionalTensor& lengths, at::TensorList prepared, bool bidirectional,
+                                                    const OptionalTensor& lengths, const OptionalTensor& resets,
+                                                    bool reset_to_initial, at::TensorList prepared, bool bidirectional,
                                                     std::string_view mode, int64_t H) {
   const auto stack = prepared_stack(prepared.vec(), bidirectional, mode, x.scalar_type(), x.size(2), H, h0.size(2));
-  auto [y, h_n, c_n] = stack->run(x, h0, c0, contiguous(lengths));
+  auto [y, h_n, c_n] = stack->run(x, h0, c0, contiguous(lengths), contiguous(resets), reset_to_initial);
   return {y, h_n, or_empty(c_n, x.options())};
 }
 

@@ -18,24 +18,24 @@ from rnnattn.reference import CELLS, DIRECTIONS, accumulation_dtype, split_weigh
 
 torch.library.define(
     "rnnattn::recurrent_layer",
-    "(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? lengths, bool has_biases, "
-    "str direction, str mode, bool save, str backend) "
+    "(Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, Tensor? lengths, Tensor? resets, "
+    "bool reset_to_initial, bool has_biases, str direction, str mode, bool save, str backend) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
 )
 torch.library.define(
     "rnnattn::recurrent_layer_backward",
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, "
-    "Tensor? lengths, Tensor y, Tensor gates, Tensor cells, bool has_biases, str direction, str mode, "
-    "bool needs_dx, bool needs_dweights, str backend) "
+    "Tensor? lengths, Tensor? resets, bool reset_to_initial, Tensor y, Tensor gates, Tensor cells, "
+    "bool has_biases, str direction, str mode, bool needs_dx, bool needs_dweights, str backend) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)",
 )
 
 
 def _forward(  # type: ignore[no-untyped-def]
-    x, h0, c0, weights, lengths, has_biases, direction, mode, save, backend
+    x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save, backend
 ):
     y, h_n, c_n, gates, cells = backends.get(backend).recurrent_layer_forward(
-        x, h0, c0, weights, lengths, has_biases, direction, mode, save
+        x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
     )
     cell = CELLS[mode]
     return (
@@ -49,7 +49,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("rnnattn::recurrent_layer")
 def _forward_fake(  # type: ignore[no-untyped-def]
-    x, h0, c0, weights, lengths, has_biases, direction, mode, save, backend
+    x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save, backend
 ):
     T, B, _ = x.shape
     K, _, R = h0.shape
@@ -64,21 +64,21 @@ def _forward_fake(  # type: ignore[no-untyped-def]
 
 
 def _backward(  # type: ignore[no-untyped-def]
-    dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
-    needs_dx, needs_dweights, backend, overwrites_gates=False,
+    dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases, direction,
+    mode, needs_dx, needs_dweights, backend, overwrites_gates=False,
 ):  # fmt: skip
     """overwrites_gates: the backend may leave anything in them."""
     dx, dh0, dc0, dweights = backends.get(backend).recurrent_layer_backward(
-        dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
-        needs_dx, needs_dweights, overwrites_gates,
+        dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases, direction,
+        mode, needs_dx, needs_dweights, overwrites_gates,
     )  # fmt: skip
     return dx if needs_dx else x.new_empty(0), dh0, dc0, dweights if needs_dweights else []
 
 
 @torch.library.register_fake("rnnattn::recurrent_layer_backward")
 def _backward_fake(  # type: ignore[no-untyped-def]
-    dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
-    needs_dx, needs_dweights, backend,
+    dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases, direction,
+    mode, needs_dx, needs_dweights, backend,
 ):  # fmt: skip
     dweights = []
     if needs_dweights:
@@ -94,43 +94,45 @@ torch.library.impl("rnnattn::recurrent_layer_backward", "CompositeExplicitAutogr
 
 
 class RecurrentLayer(torch.autograd.Function):
-    """forward(x, h0, c0, lengths, has_biases, direction, mode, backend, *weights)."""
+    """forward(x, h0, c0, lengths, resets, reset_to_initial, has_biases, direction, mode, backend, *weights)."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        x, h0, c0, lengths, has_biases, direction, mode, backend, *weights
+        x, h0, c0, lengths, resets, reset_to_initial, has_biases, direction, mode, backend, *weights
     ):
         run = _forward if is_eager(x) else torch.ops.rnnattn.recurrent_layer
-        return run(x, h0, c0, list(weights), lengths, has_biases, direction, mode, True, backend)
+        return run(
+            x, h0, c0, list(weights), lengths, resets, reset_to_initial, has_biases, direction, mode, True, backend
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, h0, c0, lengths, has_biases, direction, mode, backend, *weights = inputs
+        x, h0, c0, lengths, resets, reset_to_initial, has_biases, direction, mode, backend, *weights = inputs
         y, _, c_n, gates, cells = output
         if c0 is None:
             ctx.mark_non_differentiable(c_n, gates, cells)
         else:
             ctx.mark_non_differentiable(gates, cells)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, lengths, y, gates, cells, *weights)
-        ctx.settings = has_biases, direction, mode, backend
+        ctx.save_for_backward(x, h0, c0, lengths, resets, y, gates, cells, *weights)
+        ctx.settings = reset_to_initial, has_biases, direction, mode, backend
 
     @staticmethod
     def backward(ctx: Any, dy, dh_n, dc_n, _dgates, _dcells):  # type: ignore[no-untyped-def]
         needs = ctx.needs_input_grad
-        gradients = _gradients(ctx, dy, dh_n, dc_n, needs[0], any(needs[8:]), own_gates=True)
-        return *gradients[:3], None, None, None, None, None, *gradients[3]
+        gradients = _gradients(ctx, dy, dh_n, dc_n, needs[0], any(needs[10:]), own_gates=True)
+        return *gradients[:3], *[None] * 7, *gradients[3]
 
 
 def _gradients(  # type: ignore[no-untyped-def]
     ctx: Any, dy, dh_n, dc_n, needs_dx: bool, needs_dweights: bool, own_gates: bool = False
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor | None]]:
     """dx, dh0, dc0 and one gradient per weight. own_gates: nobody has `gates` but this graph."""
-    x, h0, c0, lengths, y, gates, cells, *weights = ctx.saved_tensors
-    has_biases, direction, mode, backend = ctx.settings
+    x, h0, c0, lengths, resets, y, gates, cells, *weights = ctx.saved_tensors
+    reset_to_initial, has_biases, direction, mode, backend = ctx.settings
     arguments = (
-        dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
-        needs_dx, needs_dweights, backend,
+        dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases, direction,
+        mode, needs_dx, needs_dweights, backend,
     )  # fmt: skip
     # A gradient that is itself to be differentiated goes through the operator, which refuses.
     if is_eager(x) and not torch.is_grad_enabled():
@@ -149,15 +151,15 @@ def _gradients(  # type: ignore[no-untyped-def]
 
 # The operators called directly (an exported graph, opcheck) differentiate by the same rule.
 def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, h0, c0, weights, lengths, has_biases, direction, mode, save, backend = inputs
+    x, h0, c0, weights, *rest, save, backend = inputs
     if not save:
         raise RuntimeError("rnnattn::recurrent_layer: gradients need save=True, got save=False")
-    RecurrentLayer.setup_context(ctx, (x, h0, c0, lengths, has_biases, direction, mode, backend, *weights), output)
+    RecurrentLayer.setup_context(ctx, (x, h0, c0, *rest, backend, *weights), output)
 
 
 def _op_backward(ctx: Any, dy, dh_n, dc_n, _dgates, _dcells):  # type: ignore[no-untyped-def]
     dx, dh0, dc0, dweights = _gradients(ctx, dy, dh_n, dc_n, ctx.needs_input_grad[0], True)
-    return dx, dh0, dc0, dweights, None, None, None, None, None, None
+    return dx, dh0, dc0, dweights, *[None] * 8
 
 
 def _no_double_backward(ctx: Any, *gradients: Any) -> NoReturn:
@@ -174,6 +176,8 @@ def recurrent_layer(
     c0: Tensor | None,
     weights: list[Tensor],
     lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_to_initial: bool,
     has_biases: bool,
     direction: str,
     mode: str,
@@ -182,12 +186,16 @@ def recurrent_layer(
     """y, h_n, c_n of one layer; see `rnnattn.reference.recurrent_layer_forward` for the shapes."""
     states = (h0,) if c0 is None else (h0, c0)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights)):
-        y, h_n, c_n, _, _ = RecurrentLayer.apply(x, h0, c0, lengths, has_biases, direction, mode, backend, *weights)
+        y, h_n, c_n, _, _ = RecurrentLayer.apply(
+            x, h0, c0, lengths, resets, reset_to_initial, has_biases, direction, mode, backend, *weights
+        )
     elif is_eager(x):
         run = backends.get(backend).recurrent_layer_forward
-        y, h_n, c_n, _, _ = run(x, h0, c0, weights, lengths, has_biases, direction, mode, False)
+        y, h_n, c_n, _, _ = run(
+            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, False
+        )
     else:
         y, h_n, c_n, _, _ = torch.ops.rnnattn.recurrent_layer(
-            x, h0, c0, weights, lengths, has_biases, direction, mode, False, backend
+            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, False, backend
         )
     return y, h_n, None if c0 is None else c_n

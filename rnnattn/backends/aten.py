@@ -22,6 +22,8 @@ class Torch(Backend):
     def unsupported(self, call: Call) -> str | None:
         if call.recurrent and call.compiling:
             return f"torch.compile unrolls torch's own {call.op.upper()} over time"
+        if call.resets:
+            return f"torch's own {call.op.upper()} takes no resets"
         if call.recurrent and call.B == 0:
             return f"torch's own {call.op.upper()} refuses an empty batch in some builds"
         return None

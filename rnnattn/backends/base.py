@@ -33,6 +33,7 @@ class Call:
     ragged: bool = False
     grad: bool = False
     compiling: bool = False
+    resets: bool = False
 
     @property
     def recurrent(self) -> bool:
@@ -67,6 +68,8 @@ class Backend:
         c0: Tensor | None,
         weights: list[Tensor],
         lengths: Tensor | None,
+        resets: Tensor | None,
+        reset_to_initial: bool,
         has_biases: bool,
         direction: str,
         mode: str,
@@ -84,6 +87,8 @@ class Backend:
         c0: Tensor | None,
         weights: list[Tensor],
         lengths: Tensor | None,
+        resets: Tensor | None,
+        reset_to_initial: bool,
         y: Tensor,
         gates: Tensor,
         cells: Tensor,

@@ -49,6 +49,8 @@ class Cuda(Backend):
             return f"its kernels have float32, bfloat16 and float16, the tensors are {call.dtype}"
         if call.op in ("gru", "rnn"):
             return "it has no GRU or RNN kernels yet"
+        if call.resets:
+            return "its kernels take no resets yet"
         return None
 
     def kernel(self, call: Call) -> str:
@@ -59,14 +61,14 @@ class Cuda(Backend):
         return "CUDA, additive scores without [B, T, A] in memory, then pooling; GEMMs in the backward pass"
 
     def recurrent_layer_forward(  # type: ignore[no-untyped-def]
-        self, x, h0, c0, weights, lengths, has_biases, direction, mode, save
+        self, x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
     ):
         lengths = pool_gemms.dense_rows(lengths)
         return stepwise.lstm_layer_forward(Cell(self.ops), x, h0, c0, weights, lengths, has_biases, direction, save)
 
     def recurrent_layer_backward(  # type: ignore[no-untyped-def]
-        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
-        needs_dx, needs_dweights, overwrites_gates=False,
+        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
+        direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
     ):  # fmt: skip
         lengths = pool_gemms.dense_rows(lengths)
         return stepwise.lstm_layer_backward(

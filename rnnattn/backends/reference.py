@@ -20,17 +20,20 @@ class Reference(Backend):
         return "plain PyTorch equations, one Python step per time step"
 
     def recurrent_layer_forward(  # type: ignore[no-untyped-def]
-        self, x, h0, c0, weights, lengths, has_biases, direction, mode, save
+        self, x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
     ):
-        return reference.recurrent_layer_forward(x, h0, c0, weights, lengths, has_biases, direction, mode)
+        return reference.recurrent_layer_forward(
+            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode
+        )
 
     def recurrent_layer_backward(  # type: ignore[no-untyped-def]
-        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
-        needs_dx, needs_dweights, overwrites_gates=False,
+        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
+        direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
     ):  # fmt: skip
         return reference.recurrent_layer_backward(
-            dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode
-        )
+            dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
+            direction, mode,
+        )  # fmt: skip
 
     def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]
         return reference.attention_pool_forward(x, v, w, b, lengths, mask)

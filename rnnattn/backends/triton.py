@@ -41,6 +41,8 @@ class Triton(Backend):
             return f"its kernels run on a CUDA device, the tensors are on {call.device}"
         if call.op in ("gru", "rnn"):
             return "it has no GRU or RNN kernels yet"
+        if call.resets:
+            return "its kernels take no resets yet"
         if call.op == "attention_pool" and max(call.features, call.hidden) > WIDEST:
             return f"its pooling kernels take at most {WIDEST} features, got D={call.features}, A={call.hidden}"
         return None
@@ -53,15 +55,15 @@ class Triton(Backend):
         return "Triton, additive scores and pooling fused; GEMMs in the backward pass"
 
     def recurrent_layer_forward(  # type: ignore[no-untyped-def]
-        self, x, h0, c0, weights, lengths, has_biases, direction, mode, save
+        self, x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
     ):
         (lengths,) = _contiguous(lengths)
         with _device(x):
             return stepwise.lstm_layer_forward(_cell(), x, h0, c0, weights, lengths, has_biases, direction, save)
 
     def recurrent_layer_backward(  # type: ignore[no-untyped-def]
-        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction, mode,
-        needs_dx, needs_dweights, overwrites_gates=False,
+        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
+        direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
     ):  # fmt: skip
         (lengths,) = _contiguous(lengths)
         with _device(x):

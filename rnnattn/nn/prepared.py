@@ -7,7 +7,6 @@ module itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnattn._version import __version__
 from rnnattn.backends.cpp import build_info, native, prepared_call
-from rnnattn.checks import check_recurrent, checked_lengths
+from rnnattn.checks import check_recurrent, checked_lengths, checked_resets
 from rnnattn.nn.cells import _Cell
-from rnnattn.nn.recurrent import States, _Recurrent
+from rnnattn.nn.recurrent import Lengths, States, _Recurrent
 from rnnattn.nn.weight_watch import WeightWatch
 from rnnattn.reference import CELLS
 from rnnattn.stack import op_name, wants_grad
@@ -54,8 +53,12 @@ class _PackedWeights:
         # (input, h, c) to (y, h_n, c_n) or (y, h_n); to None where `run` has to check something first.
         self.call = prepared_call(packed, bidirectional, mode, self.shapes[0], *self._of_call)
 
-    def run(self, x: Tensor, h0: Tensor, c0: Tensor | None, lengths: Tensor | Sequence[int] | None = None) -> Outputs:
-        """y, h_n and c_n after the checks of `functional.lstm`, and one for gradients; x is [T, B, I]."""
+    def run(
+        self, x: Tensor, h0: Tensor, c0: Tensor | None, lengths: Lengths = None, resets: Tensor | None = None,
+        reset_to_initial: bool = False,
+    ) -> Outputs:  # fmt: skip
+        """y, h_n and c_n after the checks of `functional.lstm`, and one for gradients; x is [T, B, I], resets has
+        passed its own and is [T, B]."""
         op, G, has_biases, layers, K = self._settings
         if wants_grad(x, h0, c0):
             raise RuntimeError(
@@ -64,7 +67,7 @@ class _PackedWeights:
             )
         check_recurrent(op, G, x, h0, c0, self.shapes, has_biases, layers, K)
         lengths = checked_lengths(lengths, x.shape[1], x.shape[0], x.device)
-        y, h_n, c_n = self._operator(x, h0, c0, lengths, *self.rest)
+        y, h_n, c_n = self._operator(x, h0, c0, lengths, resets, reset_to_initial, *self.rest)
         return y, h_n, None if c0 is None else c_n
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,10 +166,12 @@ class _StackArguments(_Recurrent):
         pass
 
     def _stack(
-        self, input: Tensor, h0: Tensor, c0: Tensor | None, batch_first: bool, lengths: Tensor | Sequence[int] | None
-    ) -> Outputs:
+        self, input: Tensor, h0: Tensor, c0: Tensor | None, batch_first: bool, lengths: Lengths, resets: Tensor | None,
+        reset_to_initial: bool,
+    ) -> Outputs:  # fmt: skip
         x = input.transpose(0, 1) if batch_first else input
-        y, h_n, c_n = self._weights.run(x, h0, c0, lengths)
+        resets = checked_resets(resets, input, batch_first)
+        y, h_n, c_n = self._weights.run(x, h0, c0, lengths, resets, reset_to_initial)
         return y.transpose(0, 1) if batch_first else y, h_n, c_n
 
 
@@ -225,19 +230,23 @@ class PreparedRecurrent(_Prepared):
         )
         self.__dict__["_arguments"] = _StackArguments(module, self._weights)  # not as a submodule
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None, lengths: Any = None) -> Any:
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Any = None, lengths: Lengths = None, resets: Tensor | None = None,
+        reset_to_initial: bool = False,
+    ) -> Any:  # fmt: skip
         """Runs the stack: arguments, results and errors are those of the module's `forward`.
 
         Raises:
             RuntimeError: the module's weights have changed; or grad mode is on and an input requires grad.
         """
         self._watch.check()
-        if lengths is None:
+        if lengths is None and resets is None:
             h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
             results = self._weights.call(input, h0, c0)
             if results is not None:
                 return (results[0], results[1:]) if self._has_c else results
-        output, states = self._arguments._run_checked(input, hx if self._has_c or hx is None else (hx,), lengths)
+        hx = hx if self._has_c or hx is None else (hx,)
+        output, states = self._arguments._run_checked(input, hx, lengths, resets, reset_to_initial)
         return output, states if self._has_c else states[0]
 
 

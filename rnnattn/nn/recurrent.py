@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from rnnattn import autograd, backends
 from rnnattn.autograd.eager import is_eager
+from rnnattn.checks import checked_resets
 from rnnattn.functional import NONLINEARITIES
 from rnnattn.stack import run_stack, takes_cpp, wants_grad
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rnnattn.nn.prepared import PreparedRecurrent
 
 States = tuple[Tensor, ...]  # h, or h and c
+Lengths = Tensor | Sequence[int] | None
 
 
 class _Recurrent(nn.RNNBase):
@@ -52,16 +54,16 @@ class _Recurrent(nn.RNNBase):
         return PreparedRecurrent(self, precision)
 
     def _run(
-        self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | Sequence[int] | None
+        self, input: Tensor | PackedSequence, hx: Any, lengths: Lengths, resets: Tensor | None, reset_to_initial: bool
     ) -> tuple[Tensor | PackedSequence, States]:
         """output and the final states; hx holds the initial states, or is None for zeros."""
         self._update_flat_weights()
         signature = None
-        if lengths is None and self.num_layers == 1:
+        if lengths is None and resets is None and self.num_layers == 1:
             signature = _signature(input, hx, self._flat_weights)
             if signature is not None and signature == self._passed:
                 return self._like_before(input, hx)
-        results = self._run_checked(input, hx, lengths)
+        results = self._run_checked(input, hx, lengths, resets, reset_to_initial)
         if signature is not None and isinstance(input, Tensor) and self._takes_cpp(input, hx):
             self._passed = signature
         return results
@@ -87,16 +89,18 @@ class _Recurrent(nn.RNNBase):
         direction = "bidirectional" if self.bidirectional else "forward"
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
         y, h_n, c_n = autograd.recurrent_layer(
-            x, h0, c0[0] if c0 else None, weights, None, self.bias, direction, self.mode, "cpp"
+            x, h0, c0[0] if c0 else None, weights, None, None, False, self.bias, direction, self.mode, "cpp"
         )
         return y.transpose(0, 1) if self.batch_first else y, (h_n,) if c_n is None else (h_n, c_n)
 
     def _run_checked(
-        self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | Sequence[int] | None
+        self, input: Tensor | PackedSequence, hx: Any, lengths: Lengths, resets: Tensor | None, reset_to_initial: bool
     ) -> tuple[Tensor | PackedSequence, States]:
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(f"{self._kind}: expected no lengths with a PackedSequence, which has its own")
+            if resets is not None:
+                raise ValueError(f"{self._kind}: expected no resets with a PackedSequence; pad it and use lengths=")
             return self._run_packed(input, hx)
         if input.dim() not in (2, 3):
             raise ValueError(f"{self._kind}: Expected input to be 2D or 3D, got {input.dim()}D{self._suffix} instead")
@@ -111,7 +115,10 @@ class _Recurrent(nn.RNNBase):
             hx = self._zero_states(x, x.shape[batch_dim])
         else:
             self._check_state_shape(hx, x, None)
-        output, states = self._run_stack(x, hx, self.batch_first, lengths)
+        if not batched:
+            resets = checked_resets(resets, input, False)
+            resets = None if resets is None else resets.unsqueeze(batch_dim)
+        output, states = self._run_stack(x, hx, self.batch_first, lengths, resets, reset_to_initial)
         if batched:
             return output, states
         return output.squeeze(batch_dim), tuple(state.squeeze(1) for state in states)
@@ -128,28 +135,29 @@ class _Recurrent(nn.RNNBase):
             hx = self._zero_states(input, input.shape[1])
         else:
             self._check_state_shape(hx, data, batch_sizes)
-        output, states = self._run_stack(input, hx, False, lengths)
+        output, states = self._run_stack(input, hx, False, lengths, None, False)
         output_data = pack_padded_sequence(output, lengths).data
         if back is not None:
             states = tuple(state.index_select(1, back) for state in states)
         return PackedSequence(output_data, batch_sizes, order, back), states
 
     def _run_stack(
-        self, input: Tensor, hx: Any, batch_first: bool, lengths: Tensor | Sequence[int] | None
+        self, input: Tensor, hx: Any, batch_first: bool, lengths: Lengths, resets: Tensor | None, reset_to_initial: bool
     ) -> tuple[Tensor, States]:
         if len(hx) != len(self._names):  # only an LSTM's can differ
             raise RuntimeError("lstm expects two hidden states")
         h0, c0 = hx if len(hx) == 2 else (hx[0], None)
-        output, h_n, c_n = self._stack(input, h0, c0, batch_first, lengths)
+        output, h_n, c_n = self._stack(input, h0, c0, batch_first, lengths, resets, reset_to_initial)
         return output, (h_n,) if c_n is None else (h_n, c_n)
 
     def _stack(
-        self, input: Tensor, h0: Tensor, c0: Tensor | None, batch_first: bool, lengths: Tensor | Sequence[int] | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, input: Tensor, h0: Tensor, c0: Tensor | None, batch_first: bool, lengths: Lengths, resets: Tensor | None,
+        reset_to_initial: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
         return run_stack(
             self.mode, input, h0, c0, weights, self.bias, self.num_layers, self.dropout, self.training,
-            self.bidirectional, batch_first, lengths,
+            self.bidirectional, batch_first, lengths, resets, reset_to_initial,
         )  # fmt: skip
 
     def _check_state_rank(self, hx: Any, rank: int) -> None:
@@ -191,7 +199,7 @@ def _signature(input: Any, hx: Any, weights: Any) -> Any:
 
 
 class LSTM(_Recurrent):
-    """A stack of LSTM layers: `torch.nn.LSTM`, plus `lengths`.
+    """A stack of LSTM layers: `torch.nn.LSTM`, plus `lengths` and `resets`.
 
     Constructor arguments, parameters, `state_dict`, repr and errors are those of `torch.nn.LSTM`
     (input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
@@ -208,7 +216,9 @@ class LSTM(_Recurrent):
         self,
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
-        lengths: Tensor | Sequence[int] | None = None,
+        lengths: Lengths = None,
+        resets: Tensor | None = None,
+        reset_to_initial: bool = False,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Runs the stack.
 
@@ -218,6 +228,9 @@ class LSTM(_Recurrent):
                 zeros by default.
             lengths: integers [B] on any device, each in [0, T]: row b ends after lengths[b] steps.
                 Steps behind are not read and give zeros. Not with a PackedSequence.
+            resets: bool [T, B], [B, T] with batch_first, [T] unbatched, on the input's device: True where an
+                episode begins, which starts from zeros; `functional.lstm` says more. Not with a PackedSequence.
+            reset_to_initial: episodes start from hx instead.
 
         Returns:
             output (packed if the input was) with K * R features, and (h_n, c_n) shaped as hx.
@@ -225,7 +238,7 @@ class LSTM(_Recurrent):
         Raises:
             RuntimeError, ValueError, TypeError: as torch.nn.LSTM, or naming the argument.
         """
-        output, (h_n, c_n) = self._run(input, hx, lengths)
+        output, (h_n, c_n) = self._run(input, hx, lengths, resets, reset_to_initial)
         return output, (h_n, c_n)
 
 
@@ -241,14 +254,16 @@ class _WithoutCellState(_Recurrent):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        lengths: Tensor | Sequence[int] | None = None,
+        lengths: Lengths = None,
+        resets: Tensor | None = None,
+        reset_to_initial: bool = False,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Runs the stack.
 
         Args:
             input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
             hx: h_0 [L * K, B, H], without B where the input is unbatched; zeros by default.
-            lengths: as in `LSTM.forward`.
+            lengths, resets, reset_to_initial: as in `LSTM.forward`.
 
         Returns:
             output (packed if the input was) with K * H features, and h_n shaped as hx.
@@ -257,12 +272,12 @@ class _WithoutCellState(_Recurrent):
             RuntimeError, ValueError, TypeError: as torch.nn's module of the same name, or naming the
                 argument.
         """
-        output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths)
+        output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths, resets, reset_to_initial)
         return output, h_n
 
 
 class GRU(_WithoutCellState):
-    """A stack of GRU layers: `torch.nn.GRU`, plus `lengths`.
+    """A stack of GRU layers: `torch.nn.GRU`, plus `lengths` and `resets`.
 
     Constructor arguments, parameters, `state_dict`, repr and errors are those of `torch.nn.GRU`
     (input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
@@ -276,7 +291,7 @@ class GRU(_WithoutCellState):
 
 
 class RNN(_WithoutCellState):
-    """A stack of simple recurrent layers: `torch.nn.RNN`, plus `lengths`.
+    """A stack of simple recurrent layers: `torch.nn.RNN`, plus `lengths` and `resets`.
 
     Constructor arguments, parameters, `state_dict`, repr and errors are those of `torch.nn.RNN`
     (input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True, batch_first=False,

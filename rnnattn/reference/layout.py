@@ -1,4 +1,4 @@
-"""What the layers of all cells have in common: directions, weights, lengths and the type of sums."""
+"""What the layers of all cells have in common: directions, weights, lengths, resets and the type of sums."""
 
 from __future__ import annotations
 
@@ -51,6 +51,39 @@ def zero_invalid(x: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         return x
     return torch.where(valid_steps(lengths, x.shape[0])[..., None], x, 0)
+
+
+class Resets(NamedTuple):
+    """Where a scan replaces the state that it carries, and by what."""
+
+    before: Tensor  # bool [T, B, 1], True where it does before step t
+    h: Tensor  # [B, R]
+    c: Tensor | None  # [B, H], accumulation type
+    to_initial: bool  # h and c are the initial states, not zeros
+
+    def states(self, t: int, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What step t starts from in the place of h and c."""
+        c = None if c is None or self.c is None else torch.where(self.before[t], self.c, c)
+        return torch.where(self.before[t], self.h, h), c
+
+
+def scan_resets(
+    resets: Tensor | None, to_initial: bool, h0: Tensor, c0: Tensor | None, lengths: Tensor | None, reverse: bool
+) -> Resets | None:
+    """`resets` (bool [T, B]) as one scan meets them.
+
+    True at t is a border between t - 1 and t. A forward scan crosses it before step t, a reverse one
+    before step t - 1, so that it never meets one at 0. Nothing at or behind a row's length is a border.
+    """
+    if resets is None:
+        return None
+    T = resets.shape[0]
+    before = resets if lengths is None else resets & valid_steps(lengths, T)
+    if reverse:
+        before = torch.cat([before, torch.zeros_like(resets[:1])])[1 : T + 1]
+    if not to_initial:
+        h0, c0 = torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0)
+    return Resets(before[..., None], h0, c0, to_initial)
 
 
 def previous_states(y: Tensor, h0: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:

@@ -8,6 +8,10 @@ Arithmetic runs in the accumulation type (fp32 for 16-bit inputs, else the input
 rounded to the input's type where it leaves the step, and before a projection; c_t never is. Step t of
 row b is valid where t < lengths[b]; other steps carry the state on, give y = 0, and x and dy are not
 read there.
+
+Where resets[t, b], row b begins an episode at t: step t starts not from h_{t-1}, c_{t-1} but from zeros, or
+from h0, c0. A reverse scan goes from t to t - 1, so that there step t - 1 does: nothing crosses the border
+between two episodes, in either direction, and neither does a gradient.
 """
 
 from __future__ import annotations
@@ -20,8 +24,10 @@ from rnnattn.reference.cells import CELLS, Cell, Step
 from rnnattn.reference.layout import (
     DIRECTIONS,
     LayerWeights,
+    Resets,
     accumulation_dtype,
     previous_states,
+    scan_resets,
     split_weights,
     valid_steps,
     zero_invalid,
@@ -34,6 +40,8 @@ def recurrent_layer_forward(
     c0: Tensor | None,
     weights: list[Tensor],
     lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_to_initial: bool,
     has_biases: bool,
     direction: str,
     mode: str,
@@ -47,6 +55,8 @@ def recurrent_layer_forward(
         h0, c0: [K, B, R] and [K, B, H]; c0 is None for a cell without c (all but the LSTM).
         weights: K times w_ih [GH, I], w_hh [GH, R], (b_ih, b_hh [GH]), (w_hr [R, H], LSTM only).
         lengths: integers [B] on x's device, 0 <= lengths <= T, or None for T everywhere.
+        resets: bool [T, B] on x's device, True where an episode begins, or None; reset_to_initial: its state
+            is h0 and c0, not zeros.
         direction: a key of `DIRECTIONS`. mode: a key of `CELLS`.
 
     Returns:
@@ -57,7 +67,7 @@ def recurrent_layer_forward(
     """
     reverses, cell = DIRECTIONS[direction], CELLS[mode]
     scans = [
-        _scan_forward(cell, x, h0[k], None if c0 is None else c0[k], w, lengths, reverses[k])
+        _scan_forward(cell, x, h0[k], None if c0 is None else c0[k], w, lengths, resets, reset_to_initial, reverses[k])
         for k, w in enumerate(split_weights(weights, has_biases, len(reverses)))
     ]
     y, h_n, *rest = zip(*scans, strict=True)
@@ -66,7 +76,15 @@ def recurrent_layer_forward(
 
 
 def _scan_forward(
-    cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, w: LayerWeights, lengths: Tensor | None, reverse: bool
+    cell: Cell,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    w: LayerWeights,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_to_initial: bool,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     T, dtype, acc = x.shape[0], x.dtype, accumulation_dtype(x.dtype)
     w_ih, w_hh, b_ih, b_hh, w_hr = (None if p is None else p.to(acc) for p in w)
@@ -74,11 +92,14 @@ def _scan_forward(
     a = F.linear(zero_invalid(x, lengths).to(acc), w_ih, b_ih)  # [T, B, GH]
     c = None if c is None else c.to(acc)
     valid = None if lengths is None else valid_steps(lengths, T)[..., None]
+    reset = scan_resets(resets, reset_to_initial, h, c, lengths, reverse)
 
     y: list[Tensor] = [h] * T
     gates: list[Tensor] = [h] * T
     cells: list[Tensor] = [h] * T
     for t in reversed(range(T)) if reverse else range(T):
+        if reset is not None:
+            h, c = reset.states(t, h, c)
         h_acc = h.to(acc)
         h_t, c_t, saved = cell.forward(a[t], F.linear(h_acc, w_hh, b_hh), h_acc, c)
         h_t = h_t.to(dtype)
@@ -115,6 +136,8 @@ def recurrent_layer_backward(
     c0: Tensor | None,
     weights: list[Tensor],
     lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_to_initial: bool,
     y: Tensor,
     gates: Tensor,
     cells: Tensor,
@@ -147,9 +170,12 @@ def recurrent_layer_backward(
         if c0 is not None:
             c0_k = c0[k].to(acc)
             dc = torch.zeros_like(c0_k) if dc_n is None else dc_n[k].to(acc)
+        reset = scan_resets(resets, reset_to_initial, h0[k], c0_k, lengths, reverses[k])
+        if reset is not None:
+            h_prev = torch.where(reset.before, reset.h, h_prev)
         dh = torch.zeros_like(h0[k], dtype=acc) if dh_n is None else dh_n[k].to(acc)
         da, db, dh_out, dh, dc = _scan_backward(
-            cell, dy_k, dh, dc, c0_k, w, lengths, y_k, h_prev, gates_k, cells_k, reverses[k]
+            cell, dy_k, dh, dc, c0_k, w, lengths, reset, y_k, h_prev, gates_k, cells_k, reverses[k]
         )
         dh0[k] = dh
         if dc is not None:
@@ -167,6 +193,7 @@ def _scan_backward(
     c0: Tensor | None,
     w: LayerWeights,
     lengths: Tensor | None,
+    reset: Resets | None,
     y: Tensor,
     h_prev: Tensor,
     gates: Tensor | None,
@@ -179,10 +206,13 @@ def _scan_backward(
     valid = None if lengths is None else valid_steps(lengths, T)[..., None]
     da, db = (torch.zeros(T, B, w_hh.shape[0], dtype=acc, device=y.device) for _ in range(2))
     dh_out = torch.zeros(T, B, R, dtype=acc, device=y.device)
+    dh_reset, dc_reset = torch.zeros_like(dh), None if dc is None else torch.zeros_like(dc)  # of all replaced states
     steps = list(reversed(range(T)) if reverse else range(T))
     for n in reversed(range(T)):
         t = steps[n]
         c_prev = c0 if cells is None or n == 0 else cells[steps[n - 1]]
+        if reset is not None:
+            _, c_prev = reset.states(t, h_prev[t], c_prev)
         step = Step(
             None if gates is None else gates[t].to(acc), y[t].to(acc), h_prev[t].to(acc),
             None if cells is None else cells[t], c_prev,
@@ -196,7 +226,14 @@ def _scan_backward(
             da_t, db_t, dh_t = (torch.where(valid[t], d, 0) for d in (da_t, db_t, dh_t))
             dh_prev = torch.where(valid[t], dh_prev, dh)
             dc_prev = None if dc_prev is None or dc is None else torch.where(valid[t], dc_prev, dc)
+        if reset is not None:
+            before = reset.before[t]
+            dh_prev, dh_reset = torch.where(before, 0, dh_prev), dh_reset + torch.where(before, dh_prev, 0)
+            if dc_prev is not None and dc_reset is not None:
+                dc_prev, dc_reset = torch.where(before, 0, dc_prev), dc_reset + torch.where(before, dc_prev, 0)
         da[t], db[t], dh_out[t], dh, dc = da_t, db_t, dh_t, dh_prev, dc_prev
+    if reset is not None and reset.to_initial:
+        dh, dc = dh + dh_reset, None if dc is None or dc_reset is None else dc + dc_reset
     return da, db, dh_out, dh, dc
 
 

@@ -25,6 +25,10 @@ Forward forward_equations(const Layer<F>& p) {
     double* c = out.c_n.data() + b * H;
     for (int64_t step = 0; step < p.length[b]; ++step) {
       const int64_t at = p.time_of(b, step) * s.B + b;
+      if (p.is_reset(b, step)) {
+        std::copy_n(p.h_reset.begin() + b * R, R, h.begin());
+        std::copy_n(p.c_reset.begin() + b * H, H, c);
+      }
       std::vector<double> x(s.I);
       for (int64_t k = 0; k < s.I; ++k) x[k] = p.x[at * s.I + k];
       for (int64_t u = 0; u < H; ++u) {
@@ -62,7 +66,7 @@ Forward forward_equations(const Layer<F>& p) {
 }
 
 struct Backward {
-  std::vector<double> d_gates, dh_out, dh, dc;  // shapes of Layer's
+  std::vector<double> d_gates, dh_out, dh, dc, dh_reset, dc_reset;  // shapes of Layer's
 };
 
 // From the layer's own y, gates and cells, so that the scan's arithmetic alone makes a difference.
@@ -73,9 +77,11 @@ Backward backward_equations(const Layer<F>& p) {
   Backward out;
   out.d_gates.assign(p.slots * C * H, NAN), out.dh_out.assign(p.slots * R, NAN);
   out.dh.assign(p.dh_n.begin(), p.dh_n.end()), out.dc.assign(p.dc_n.begin(), p.dc_n.end());
+  out.dh_reset.assign(p.dh_n.size(), 0), out.dc_reset.assign(p.dc_n.size(), 0);
   for (int64_t b = 0; b < s.B; ++b)
     for (int64_t step = p.length[b] - 1; step >= 0; --step) {
       const int64_t t = p.time_of(b, step), at = t * s.B + b, before = step ? p.time_of(b, step - 1) * s.B + b : -1, slot = p.slot_of(b, t);
+      const bool anew = p.is_reset(b, step);
       double *d = out.d_gates.data() + slot * C * H, *dh_row = out.dh.data() + b * R;
       std::vector<double> dh(dh_row, dh_row + R), carried(R, 0.0);
       for (int64_t k = 0; k < R; ++k) out.dh_out[slot * R + k] = dh[k] += p.dy[at * R + k];
@@ -85,12 +91,12 @@ Backward backward_equations(const Layer<F>& p) {
         const auto gate = [&](int64_t g) { return p.gates[(at * C + g) * H + u]; };
         if (s.mode == Mode::kLstm) {
           const double i = gate(0), f = gate(1), g = gate(2), o = gate(3), tanh_c = std::tanh(static_cast<double>(p.cells[at * H + u]));
-          const double c_prev = step ? p.cells[before * H + u] : p.c0[b * H + u];
+          const double c_prev = anew ? p.c_reset[b * H + u] : step ? p.cells[before * H + u] : p.c0[b * H + u];
           const double dc = out.dc[b * H + u] + du * o * (1 - tanh_c * tanh_c);
           d[u] = dc * g * i * (1 - i), d[H + u] = dc * c_prev * f * (1 - f), d[2 * H + u] = dc * i * (1 - g * g);
           d[3 * H + u] = du * tanh_c * o * (1 - o), out.dc[b * H + u] = dc * f;
         } else if (s.mode == Mode::kGru) {
-          const double r = gate(0), z = gate(1), n = gate(2), q = gate(3), h_prev = step ? p.y[before * R + u] : p.h0[b * R + u];
+          const double r = gate(0), z = gate(1), n = gate(2), q = gate(3), h_prev = anew ? p.h_reset[b * R + u] : step ? p.y[before * R + u] : p.h0[b * R + u];
           const double dn = du * (1 - z) * (1 - n * n);
           d[u] = dn, d[H + u] = dn * q * r * (1 - r), d[2 * H + u] = du * (h_prev - n) * z * (1 - z), d[3 * H + u] = dn * r;
           carried[u] = du * z;
@@ -103,6 +109,14 @@ Backward backward_equations(const Layer<F>& p) {
         dh_row[k] = carried[k];
         for (int64_t row = 0; row < G * H; ++row) dh_row[k] += p.w_hh[row * R + k] * d[first + row];
       }
+      // What a replaced state is worth goes to what took its place.
+      const auto cut = [&](std::vector<double>& from, std::vector<double>& to, int64_t n) {
+        for (int64_t i = b * n; i < (b + 1) * n; ++i) {
+          if (s.to_initial) to[i] += from[i];
+          from[i] = 0;
+        }
+      };
+      if (anew) cut(out.dh, out.dh_reset, R), cut(out.dc, out.dc_reset, H);
     }
   return out;
 }

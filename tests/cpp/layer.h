@@ -24,6 +24,7 @@ struct Shape {
   int groups, members;
   int64_t chunk;
   Panel panel = Panel::kFull;
+  bool resets = false, to_initial = false;
 
   bool projected() const { return R != H; }
   int64_t gates() const { return weight_gates(mode); }
@@ -55,9 +56,11 @@ struct Layer {
   std::vector<int64_t> length;                        // [B]
   std::vector<F> w_ih, w_hh, w_hr, b_ih, b_hh, h0, c0;  // as torch holds them, and numbers that the panels can hold
   std::vector<F> dh_n, dc_n;
+  std::unique_ptr<bool[]> resets;                     // [T, B], or null
+  std::vector<F> h_reset, c_reset;                    // as h0 and c0
   Numbers<F> x, dy;                                   // [T, B, I], [T, B, R]
   Numbers<F> y, gates;                                // outputs, NaN before: [T, B, R], [T, B, columns * H]
-  std::vector<F> cells, c_n, d_gates, d_bias, dh_out, dh, dc;  // d_bias [groups, columns * H]
+  std::vector<F> cells, c_n, d_gates, d_bias, dh_out, dh, dc, dh_reset, dc_reset;  // d_bias [groups, columns * H]
   std::vector<int64_t> order, offset;                 // rows, longest first; slot of the first row at step t
   int64_t slots = 0;
 
@@ -81,6 +84,11 @@ struct Layer {
     for (int64_t i = 0; i < x.size(); ++i) x.set(i, uniform(2));
     for (int64_t i = 0; i < dy.size(); ++i) dy.set(i, uniform(1));
     for (int64_t b = 0; b < s.B; ++b) length.push_back(s.ragged ? random() % (s.T + 1) : s.T);
+    if (s.resets) {
+      resets = std::make_unique<bool[]>(s.T * s.B);
+      for (int64_t i = 0; i < s.T * s.B; ++i) resets[i] = random() % 3 == 0;
+    }
+    h_reset = s.to_initial ? h0 : std::vector<F>(h0.size()), c_reset = s.to_initial ? c0 : std::vector<F>(c0.size());
     order.resize(s.B);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return length[a] > length[b]; });
@@ -91,6 +99,10 @@ struct Layer {
   }
 
   int64_t time_of(int64_t b, int64_t step) const { return s.reverse ? length[b] - 1 - step : step; }
+  bool is_reset(int64_t b, int64_t step) const {
+    const int64_t border = time_of(b, step) + (s.reverse ? 1 : 0);
+    return resets && border < length[b] && resets[border * s.B + b];
+  }
   int64_t slot_of(int64_t b, int64_t t) const { return offset[t] + (std::find(order.begin(), order.end(), b) - order.begin()); }
 
   void forward() {
@@ -120,7 +132,8 @@ struct Layer {
           .scale_ih = scale.empty() ? nullptr : scale.data(), .scale_hh = scale.empty() ? nullptr : scale.data(), .bias = s.biased ? bias.floats() : nullptr, .bias_q = s.biased && s.mode == Mode::kGru ? b_hh.data() + 2 * s.H : nullptr,
           .w_hr = s.projected() ? panels_hr.floats() : nullptr, .h0 = h0.data(), .h = h.empty() ? nullptr : h.data(),
           .h_raw = h_raw.empty() ? nullptr : h_raw.data(), .c = lstm ? c_n.data() : nullptr, .y = y.data(), .y_row = s.R,
-          .gates = s.columns() > 1 ? gates.data() : nullptr, .cells = lstm ? cells.data() : nullptr, .chunk = s.chunk};
+          .gates = s.columns() > 1 ? gates.data() : nullptr, .cells = lstm ? cells.data() : nullptr, .chunk = s.chunk,
+          .resets = {resets.get(), h_reset.data(), c_reset.data()}};
       kernels<F>().forward_scan(scan, member);
     });
   }
@@ -133,7 +146,7 @@ struct Layer {
     const Panels panels_hh = pack({w_hh.data(), s.R, 1, s.gates() * s.H, s.R, 1, wide, panel});
     const Panels panels_hr = pack({w_hr.data(), s.H, 1, s.R, s.H, 1, wide});
     d_gates.assign(slots * s.columns() * s.H, NAN), d_bias.assign(s.groups * s.columns() * s.H, 0), dh_out.assign(s.projected() ? slots * s.R : 0, NAN);
-    dh = dh_n, dc = dc_n;
+    dh = dh_n, dc = dc_n, dh_reset.assign(dh.size(), 0), dc_reset.assign(dc.size(), 0);
     const int64_t blocks = blocks_of(s.H, wide), blocks_hr = s.projected() ? blocks_of(s.R, wide) : 0;
     run([&](const Rows& rows, int index, Barrier* barrier) {
       std::vector<const F*> pointers(2 * rows.n);
@@ -146,7 +159,8 @@ struct Layer {
           .dy_row = s.R, .y = y.data(), .y_row = s.R, .gates = gates.data(), .cells = lstm ? cells.data() : nullptr,
           .h0 = h0.data(), .c0 = c0.data(), .dh = dh.data(), .dc = lstm ? dc.data() : nullptr, .d_gates = d_gates.data(),
           .d_bias = rows.n ? d_bias.data() + rows.place[0] * s.columns() * s.H : nullptr,
-          .dh_out = s.projected() ? dh_out.data() : nullptr};
+          .dh_out = s.projected() ? dh_out.data() : nullptr, .resets = {resets.get(), h_reset.data(), c_reset.data()},
+          .dh_reset = s.to_initial ? dh_reset.data() : nullptr, .dc_reset = s.to_initial && lstm ? dc_reset.data() : nullptr};
       kernels<F>().backward_scan(scan, member);
     });
   }

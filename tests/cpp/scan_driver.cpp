@@ -25,11 +25,12 @@ const char* name(Mode mode) {
 }
 
 std::string describe(const Shape& s, const char* type) {
-  char text[256];
+  char text[320];
   const char* stored[] = {type, "bf16", "fp16"};
-  std::snprintf(text, sizeof text, "%s %s T%ld B%ld I%ld H%ld R%ld%s%s%s%s%s, %d groups of %d, chunk %ld", name(s.mode),
+  std::snprintf(text, sizeof text, "%s %s T%ld B%ld I%ld H%ld R%ld%s%s%s%s%s%s%s, %d groups of %d, chunk %ld", name(s.mode),
                 stored[static_cast<int>(s.stored)], long(s.T), long(s.B), long(s.I), long(s.H), long(s.R), s.biased ? "" : " no bias",
-                s.ragged ? " ragged" : "", s.reverse ? " reverse" : "", s.packed ? "" : " unpacked", s.panel == Panel::kFull ? "" : s.panel == Panel::kInt8 ? " int8" : " bf16 weights", s.groups, s.members, long(s.chunk));
+                s.ragged ? " ragged" : "", s.reverse ? " reverse" : "", s.packed ? "" : " unpacked", s.panel == Panel::kFull ? "" : s.panel == Panel::kInt8 ? " int8" : " bf16 weights", s.resets ? " resets" : "",
+                s.to_initial ? " to initial states" : "", s.groups, s.members, long(s.chunk));
   return text;
 }
 
@@ -72,8 +73,8 @@ void check(const Shape& s, const char* type) {
   const Backward d = backward_equations(layer);
   close(layer.d_gates, d.d_gates, full, what + ", d_gates");
   close(sum_of_rows(layer.d_bias, layer.s.groups), sum_of_rows(d.d_gates, layer.slots), full * (1 + layer.slots), what + ", d_bias");
-  close(layer.dh, d.dh, full, what + ", dh");
-  if (s.mode == Mode::kLstm) close(layer.dc, d.dc, full, what + ", dc");
+  close(layer.dh, d.dh, full, what + ", dh"), close(layer.dh_reset, d.dh_reset, full, what + ", dh_reset");
+  if (s.mode == Mode::kLstm) close(layer.dc, d.dc, full, what + ", dc"), close(layer.dc_reset, d.dc_reset, full, what + ", dc_reset");
   if (s.projected()) close(layer.dh_out, d.dh_out, full, what + ", dh_out");
 
   again.forward(), again.backward();
@@ -110,6 +111,7 @@ int main() {
           // What a case has is dealt out by its number: all pairs of choices, not all choices.
           Shape s{mode, Stored::kFull, 7, kind == 1 ? 11 : 3, 6, H, H, n % 3 != 0, kind != 0, n % 2 == 0, n % 5 != 0, groups, members, 1 + n % 4};
           if (mode == Mode::kLstm && n % 2 && H > 1) s.R = H / 2;
+          s.resets = n / 2 % 3 != 0, s.to_initial = n / 2 % 3 == 2;
           check<float>(s, "fp32");
           check<double>(s, "fp64");
           if (mode == Mode::kRelu) continue;  // rounding moves a sum across the kink
