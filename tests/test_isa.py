@@ -129,17 +129,16 @@ def test_the_kernels_for_bfloat16_compile_without_warnings(isa: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def innermost_loops(listing: list[str]) -> list[list[str]]:
-    """Instructions from the target of a jump back to the jump, where no other such jump is between."""
+def straight_loops(listing: list[str]) -> list[list[str]]:
+    """Instructions from the target of a jump back to the jump, where no other jump is between."""
     loops, lines = [], [line.split(":", 1) for line in listing if re.match(r"\s*[0-9a-f]+:\t", line)]
     place = {address.strip(): n for n, (address, _) in enumerate(lines)}
-    ends_before = 0
+    last_jump = -1
     for n, (_, instruction) in enumerate(lines):
-        jump = re.match(r"\tj\w+ +([0-9a-f]+)", instruction)
-        start = place.get(jump[1], n + 1) if jump else n + 1
-        if ends_before <= start <= n:
-            loops.append([instruction for _, instruction in lines[start : n + 1]])
-            ends_before = n + 1
+        if jump := re.match(r"\tj\w+ +([0-9a-f]+)", instruction):
+            if last_jump < place.get(jump[1], n + 1) <= n:
+                loops.append([instruction for _, instruction in lines[place[jump[1]] : n + 1]])
+            last_jump = n
     return loops
 
 
@@ -153,7 +152,7 @@ def test_products_of_bfloat16_stay_in_registers(isa: str) -> None:
         pytest.skip("the objects of the build are not here")
     command = ["objdump", "-d", "--no-show-raw-insn", str(objects[-1])]
     functions = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n\n")
-    loops = [loop for listing in functions for loop in innermost_loops(listing.splitlines())]
+    loops = [loop for listing in functions for loop in straight_loops(listing.splitlines())]
     for instruction in ("vdpbf16ps", *(["tdpbf16ps"] if isa == "amx" else [])):
         products = [loop for loop in loops if any(f"\t{instruction} " in line for line in loop)]
         assert max(sum(f"\t{instruction} " in line for line in loop) for loop in products) >= 4
