@@ -5,10 +5,12 @@ RNNATTN_BUILD=auto   what this machine can compile: CPU and CUDA kernels, CPU ke
               none   pure Python
               cpu    the CPU kernels, or fail
               cuda   the CPU and the CUDA kernels, or fail
+RNNATTN_EMULATE=1    also the instructions for bfloat16 in plain C++, for tests: what RNNATTN_CPU_ISA=emulated chooses
 RNNATTN_SANITIZE=address,undefined   for the C++ sources, in objects of their own; `make asan` builds and runs it
 CXX, CXXFLAGS, MAX_JOBS and TORCH_CUDA_ARCH_LIST are respected. Objects are kept under build/ between builds.
 """
 
+import functools
 import hashlib
 import os
 import platform
@@ -28,11 +30,18 @@ if BUILD not in ("auto", "none", "cpu", "cuda"):
 PACKAGES = ["rnnattn", *(f"rnnattn.{name}" for name in ("autograd", "backends", "kernels", "nn", "reference"))]
 REBUILD = "pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall rnnattn"
 
-KERNELS = "csrc/cpu/kernels.cpp"  # knows no torch; compiled once per instruction set, chosen at run time
+# Sources that know no torch, compiled once per instruction set, which is chosen at run time; those that multiply
+# bfloat16 have the rest of their kernels from another.
+KERNELS, BFLOAT16_KERNELS = "csrc/cpu/kernels.cpp", "csrc/cpu/bfloat16_kernels.cpp"
 INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
+BFLOAT16_SETS: dict[str, list[str]] = {}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+    BFLOAT16_SETS["avx512_bf16"] = ["-march=x86-64-v4", "-mavx512bf16"]
+    BFLOAT16_SETS["amx"] = ["-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+if os.environ.get("RNNATTN_EMULATE", "") == "1":
+    BFLOAT16_SETS["emulated"] = ["-DRNNATTN_EMULATE"]
 
 OPTIMISE = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # NaN and inf stay what they are
 CXX_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", *OPTIMISE]
@@ -80,6 +89,19 @@ def cuda_architectures(torch) -> str:
     return os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
 
 
+@functools.cache
+def compiled_sets(torch) -> dict[str, tuple[str, list[str]]]:
+    """Source and flags of every instruction set that the compiler knows: older ones lack those for bfloat16."""
+    compiler = [*shlex.split(torch.utils.cpp_extension.get_cxx_compiler()), "-x", "c++", "-E", os.devnull]
+    sets = {isa: (KERNELS, flags) for isa, flags in INSTRUCTION_SETS.items()}
+    for isa, flags in BFLOAT16_SETS.items():
+        if subprocess.run([*compiler, *flags], capture_output=True).returncode == 0:
+            sets[isa] = BFLOAT16_KERNELS, flags
+        else:
+            say(f"no {isa} kernels: the compiler does not know {' '.join(flags)}")
+    return sets
+
+
 def extension(torch, cuda: bool) -> Extension:
     """rnnattn._C without the instruction-set objects."""
     cpp_extension = torch.utils.cpp_extension
@@ -92,10 +114,11 @@ def extension(torch, cuda: bool) -> Extension:
         "RNNATTN_CUDA_ARCHS": ",".join(cuda_architectures(torch).split()) if cuda else "",
     }
     cxx = [*CXX_FLAGS, *(f'-D{name}="{value}"' for name, value in words.items())]
-    cxx += [f"-DRNNATTN_HAVE_{name.upper()}" for name in INSTRUCTION_SETS if name != "baseline"]
+    cxx += [f"-DRNNATTN_HAVE_{name.upper()}" for name in compiled_sets(torch) if name != "baseline"]
     if sys.platform == "linux":
         cxx += ["-fopenmp"]  # at::parallel_for; not linked with it, so that torch's own OpenMP runtime is the only one
-    sources = [s for s in (*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))) if s != KERNELS]
+    sources = [*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]
+    sources = [s for s in sources if s not in (KERNELS, BFLOAT16_KERNELS)]
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return kind(
         "rnnattn._C",
@@ -124,6 +147,7 @@ def make_build_ext(torch):
                     # The full description replaces the empty one; what finalize_options noted on that stays.
                     vars(self.extensions[0]).update(vars(extension(torch, cuda)))
                     tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-{'cuda' if cuda else 'cpu'}"
+                    tag += "-emulated" if "emulated" in BFLOAT16_SETS else ""
                     tag += f"-{SANITIZE}" if SANITIZE else ""
                     self.compiler, self.build_temp = None, os.path.join("build", tag)
                     return super().run()
@@ -135,19 +159,21 @@ def make_build_ext(torch):
 
         def build_extensions(self) -> None:
             jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            sets = compiled_sets(torch)
             with ThreadPoolExecutor(jobs) as pool:
-                compiled = list(pool.map(self.compile_kernels, INSTRUCTION_SETS))
+                compiled = list(pool.map(self.compile_kernels, *zip(*sets.items(), strict=True)))
             self.extensions[0].extra_objects = [path for path, _ in compiled]
             self.force |= any(fresh for _, fresh in compiled)
             super().build_extensions()
 
-        def compile_kernels(self, isa: str) -> tuple[str, bool]:
+        def compile_kernels(self, isa: str, source_and_flags: tuple[str, list[str]]) -> tuple[str, bool]:
             """The object of one instruction set, and whether it was compiled anew."""
             compiler = shlex.split(torch.utils.cpp_extension.get_cxx_compiler())
-            command = [*compiler, *CXX_FLAGS, *INSTRUCTION_SETS[isa], f"-DRNNATTN_ISA={isa}", "-Icsrc", "-c", KERNELS]
+            source, flags = source_and_flags
+            command = [*compiler, *CXX_FLAGS, *flags, f"-DRNNATTN_ISA={isa}", "-Icsrc", "-c", source]
             version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
             digest = hashlib.sha256(repr(command).encode() + version)
-            for path in (KERNELS, *sorted(glob("csrc/**/*.h", recursive=True))):
+            for path in (source, *sorted(glob("csrc/**/*.h", recursive=True))):
                 digest.update(Path(path).read_bytes())
             target, stamp = (Path(self.build_temp, f"kernels_{isa}{end}") for end in (".o", ".sha256"))
             if target.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest():

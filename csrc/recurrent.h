@@ -26,6 +26,13 @@ static constexpr int64_t weight_gates(Mode mode) { return mode == Mode::kLstm ? 
 static constexpr int64_t unit_vectors(Mode mode) { return weight_gates(mode) == 1 ? 4 : 1; }  // of a block of units
 static constexpr int64_t hidden_column(Mode mode) { return mode == Mode::kGru ? 1 : 0; }
 
+// Numbers of F, or words of 32 bits, that a panel has for K numbers of a column: of bfloat16 as many as fill the tiles
+// of a matrix unit, with zeros, and as long are rows that it reads.
+static constexpr int64_t panel_depth(Panel panel, int64_t K) {
+  return panel == Panel::kInt8 ? (K + 3) / 4 : panel == Panel::kBFloat16 ? (K + 31) / 32 * 16 : K;
+}
+static constexpr int64_t padded_row(int64_t K) { return 2 * panel_depth(Panel::kBFloat16, K); }
+
 // The rows of a group, longest first, so that those still running at a scan step are the first ones.
 // A slot is the place of a (step, row) pair among those inside their row's length, ordered by step.
 struct Rows {
@@ -54,7 +61,8 @@ static inline bool is_reset(const bool* resets, int64_t B, int64_t b, int64_t le
 template <typename F>
 struct Resets {
   const bool* at;    // [T, B], or null for nowhere
-  const F *h, *c;    // [B, R], [B, H]
+  const void* h;     // [B, R], as ForwardScan::h0, or BackwardScan::h0
+  const F* c;        // [B, H]
 };
 
 // Whether row i of a group starts a scan step from them.
@@ -71,11 +79,12 @@ struct Member {
   int64_t first, last;  // blocks of units
   int64_t first_projected, last_projected;
   F* gates_x;           // forward: [blocks][rows][vectors][lanes], see ForwardScan::chunk
-  F* x;                 // forward: [rows of a chunk, I], x as F where it is stored in 16 bits
-  const F** pointers;   // [rows of a chunk + 2 n]
+  void* copies;         // of rows: forward: of x as F [rows of a chunk, I], where it is stored in 16 bits; products in
+                        // bfloat16: [rows of a chunk, padded I] and [n, padded R]; backward: [n, padded K of w_hh]
+  const void** pointers;  // [rows of a chunk + 2 n]
 };
 
-// A matrix to be packed as panels, [block][K][vectors of a block][lanes], zero beyond the matrix.
+// A matrix to be packed as panels, [block][panel_depth(K)][vectors of a block][lanes], zero beyond the matrix.
 template <typename F>
 struct Packing {
   const F* w;           // element (k, column) at w[k * k_stride + column * column_stride]
@@ -104,8 +113,8 @@ struct ForwardScan {
   const F* bias;        // [blocks][vectors][lanes], added to the input product, or null
   const F* bias_q;      // GRU: b_hn [H], or null
   const F* w_hr;        // panels, K = H, or null without projection
-  const F* h0;          // [B, R]
-  F* h;                 // [2, B, R], the states of two steps; null where y holds them as F
+  const void* h0;       // [B, R], of F; products in bfloat16: of that
+  F* h;                 // [2, B, R], the states of two steps; null where products read them in y
   F* h_raw;             // [B, H], before the projection; null without
   F* c;                 // [B, H] in: c0; out: the last cell state; LSTM
   void* y;              // stored [T, B, y_row], from this direction's first column on
@@ -136,7 +145,7 @@ struct BackwardScan {
   const F *h0, *c0;   // [B, R], [B, H]
   F* dh;              // [B, R] in: gradient of h_n; out: of h0
   F* dc;              // [B, H] in: gradient of c_n; out: of c0
-  F* d_gates;         // [slots, gate columns * H] out
+  void* d_gates;      // [slots, gate columns * H] out, of F; products in bfloat16: of that
   F* d_bias;          // [gate columns * H] the group's sum of d_gates is added to it, or null
   F* dh_out;          // [slots, R] out, the whole gradient of h_t; null without projection
   Resets<F> resets = {};

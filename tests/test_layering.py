@@ -178,7 +178,7 @@ FORBIDDEN_HEADERS = (
         r"pybind11/|torch/extension\.h|torch/python\.h|Python\.h",
         "pybind11: bindings only",
     ),
-    (r"cpu/(.*_kernel\.h|kernels\.cpp)", r"torch/|ATen/|c10/", "knows no torch"),
+    (r"cpu/(.*_kernel\.h|(bfloat16_)?kernels\.cpp)", r"torch/|ATen/|c10/", "knows no torch"),
     (r"cuda/.*\.cuh", r"torch/|ATen/|c10/", "device code: CUDA's own headers only"),
     (r"cuda/.*", r"ATen/|c10/|torch/(?!csrc/stable/|csrc/inductor/aoti_torch/c/shim|headeronly/)", "stable headers"),
 )
@@ -205,7 +205,7 @@ def test_a_source_includes_only_what_its_kind_may(path):
 
 
 def test_what_is_compiled_per_instruction_set_reaches_no_torch_header():
-    reached, waiting = set(), [ROOT / "csrc/cpu/kernels.cpp"]
+    reached, waiting = set(), [ROOT / "csrc/cpu/kernels.cpp", ROOT / "csrc/cpu/bfloat16_kernels.cpp"]
     while waiting:
         path = waiting.pop()
         reached.add(path)

@@ -11,17 +11,19 @@ namespace {
 
 using rnnattn::BackwardScan;
 using rnnattn::Member;
-using rnnattn::Panel;
 
-// W is what the panels of w_hh hold.
+// W is what the panels of w_hh hold, and the gates' gradients that they are multiplied with.
 template <typename Cell, typename F, typename W>
 class Backward {
   static constexpr int V = kWide;
   static constexpr int64_t L = kLanes<F>, kBlock = V * L;
+  using Row = typename W::Row;
 
  public:
   Backward(const BackwardScan<F>& scan, const Member<F>& member)
-      : p(scan), m(member), d_rows(member.pointers), dh_rows(d_rows + p.rows.n), columns(gate_columns(p.mode) * p.H), lines(p.w_hh) {}
+      : p(scan), m(member), d_gates(static_cast<Row*>(p.d_gates)), d_rows(reinterpret_cast<const Row**>(m.pointers)),
+        dh_rows(reinterpret_cast<const F**>(m.pointers + p.rows.n)), columns(gate_columns(p.mode) * p.H),
+        depth(weight_gates(p.mode) * p.H), lines(p.w_hh) {}
 
   void run() {
     const int64_t steps = scan_steps(p.rows);
@@ -92,7 +94,8 @@ class Backward {
 
   void point_at_later_step(int64_t step, int64_t later) {
     for (int64_t i = 0; i < later; ++i)
-      d_rows[i] = p.d_gates + slot_of(p.rows, i, time_of(p.rows, i, step + 1)) * columns + hidden_column(p.mode) * p.H;
+      d_rows[i] = d_gates + slot_of(p.rows, i, time_of(p.rows, i, step + 1)) * columns + hidden_column(p.mode) * p.H;
+    if constexpr (W::kTileRows > 1) W::arrange(d_rows, later, depth, static_cast<Row*>(m.copies));
   }
 
   bool is_reset(int64_t i, int64_t step) const { return rnnattn::is_reset(p.resets, p.B, p.rows, i, step); }
@@ -107,10 +110,9 @@ class Backward {
   // their later step, rows [later, end) end here and have that of h_n.
   template <typename Fetch, typename Body>
   void state_gradients(int64_t block, int64_t next, int64_t step, int64_t later, int64_t end, const Fetch& lines, const Body& body) {
-    const int64_t K = weight_gates(p.mode) * p.H;
     const auto given = [&](int64_t i, int64_t column, int64_t n) { return load(p.dh + p.rows.row[i] * p.R + column, n); };
-    const auto panel = [&](int64_t n) { return static_cast<const typename W::Word*>(p.w_hh) + n * words<W>(K) * kBlock; };
-    for_products<V, F, W>({d_rows, K, panel(block), panel(next)}, 0, later, lines, [&](int64_t first, int64_t rows, const F* sums) {
+    const auto panel = [&](int64_t n) { return static_cast<const typename W::Word*>(p.w_hh) + n * words<W>(depth) * kBlock; };
+    for_products<V, F, W>({d_rows, depth, panel(block), panel(next)}, 0, later, lines, [&](int64_t first, int64_t rows, const F* sums) {
       for_vectors(sums, block, first, rows, p.R, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
         if constexpr (Cell::kCarry) dh += given(i, column, n);
         body(i, column, n, is_reset(i, step + 1) ? cut(p.dh_reset, p.rows.row[i] * p.R + column, n, dh) : dh);
@@ -157,11 +159,11 @@ class Backward {
     if constexpr (Cell::kNeedsH) h = load_stored<F>(p.stored, p.y, at * p.y_row + unit, n);
     if constexpr (Cell::kNeedsPrevious)
       h_prev = step && !anew ? load_stored<F>(p.stored, p.y, before * p.y_row + unit, n)
-                             : load((anew ? p.resets.h : p.h0) + b * p.R + unit, n);
+                             : load((anew ? static_cast<const F*>(p.resets.h) : p.h0) + b * p.R + unit, n);
     const F *c = nullptr, *c_prev = nullptr;
     if (p.cells) c = p.cells + at * p.H, c_prev = anew ? p.resets.c + b * p.H : step ? p.cells + before * p.H : p.c0 + b * p.H;
-    Cell::template backward<F>({unit, n, p.H, p.stored, p.gates, at * columns, c, c_prev, h, h_prev, p.dc + b * p.H,
-                                p.d_gates + slot_of(p.rows, i, t) * columns, p.d_bias, p.dh + b * p.R}, dh);
+    Cell::template backward<F, Row>({unit, n, p.H, p.stored, p.gates, at * columns, c, c_prev, h, h_prev, p.dc + b * p.H,
+                                     d_gates + slot_of(p.rows, i, t) * columns, p.d_bias, p.dh + b * p.R}, dh);
     if (p.cells && anew) {
       F* dc = p.dc + b * p.H + unit;
       store<F>(dc, cut(p.dc_reset, b * p.H + unit, n, load(dc, n)), n);
@@ -170,20 +172,24 @@ class Backward {
 
   const BackwardScan<F>& p;
   const Member<F>& m;
-  const F **d_rows, **dh_rows;
-  const int64_t columns;
+  Row* const d_gates;
+  const Row** d_rows;
+  const F** dh_rows;
+  const int64_t columns, depth;
   static_assert(kRows<V> * V * 6 <= kDepth);
   LineList lines;  // of a tile
 };
 
+template <typename W, typename F>
+void scan_backward(const BackwardScan<F>& scan, const Member<F>& member) {
+  with_cell(scan.mode, [&](auto cell) { Backward<decltype(cell), F, W>(scan, member).run(); });
+}
+
 template <typename F>
 void backward_scan(const BackwardScan<F>& scan, const Member<F>& member) {
-  with_cell(scan.mode, [&](auto cell) {
-    using Cell = decltype(cell);
-    if constexpr (sizeof(F) == sizeof(float))
-      if (scan.panel == Panel::kBFloat16) return Backward<Cell, F, PairsOfBFloat16>(scan, member).run();
-    Backward<Cell, F, Full<F>>(scan, member).run();
-  });
+  if constexpr (sizeof(F) == sizeof(float))
+    if (scan.panel == Panel::kBFloat16) return scan_backward<PairsOfBFloat16>(scan, member);
+  scan_backward<Full<F>>(scan, member);
 }
 
 }  // namespace

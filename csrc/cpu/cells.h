@@ -8,13 +8,13 @@ namespace {
 
 using rnnattn::Mode;
 
-// One vector of units of one row at one step, forward.
-template <typename F>
+// One vector of units of one row at one step, forward; the rows of states are of Row.
+template <typename F, typename Row>
 struct ForwardUnits {
   int64_t unit, n;   // first unit, and how many of the lanes are units
   int64_t H;
   Stored stored;
-  const F* h_prev;   // the row's states, from unit 0 on; all pointers below likewise
+  const Row* h_prev;  // the row's states, from unit 0 on; all pointers below likewise
   const F* c_prev;   // may be c
   F* c;              // out
   F* cells;          // out: c as well, or null
@@ -28,8 +28,8 @@ struct ForwardUnits {
   void save(int gate, Vec<F> value) const { store_as(stored, gates, gates_at + gate * H + unit, value, n); }
 };
 
-// One vector of units of one row at one step, backward.
-template <typename F>
+// One vector of units of one row at one step, backward; the rows of gradients are of Row.
+template <typename F, typename Row>
 struct BackwardUnits {
   int64_t unit, n, H;
   Stored stored;
@@ -38,13 +38,13 @@ struct BackwardUnits {
   const F *c, *c_prev;
   Vec<F> h, h_prev;  // states after and before the step
   F* dc;             // in: gradient of c; out: of c_prev
-  F* d_gates;        // out
+  Row* d_gates;      // out
   F* d_bias;         // added to: the sum of d_gates, or null
   F* carry;          // out: the part of the gradient of h_prev that takes no product
 
   Vec<F> gate(int g) const { return load_stored<F>(stored, gates, gates_at + g * H + unit, n); }
   void put(int column, Vec<F> value) const {
-    store<F>(d_gates + column * H + unit, value, n);
+    store_row(d_gates + column * H + unit, value, n);
     if (d_bias) store<F>(d_bias + column * H + unit, load(d_bias + column * H + unit, n) + value, n);
   }
 };
@@ -55,8 +55,8 @@ struct Lstm {
   static constexpr bool kNeedsH = false, kNeedsPrevious = false, kCarry = false;  // what its backward reads and writes
 
   // i, f, o = sigmoid(a), g = tanh(a);  c = f * c_prev + i * g;  h = o * tanh(c)
-  template <typename F>
-  RNNATTN_INLINE static Vec<F> forward(const ForwardUnits<F>& at) {
+  template <typename F, typename Row>
+  RNNATTN_INLINE static Vec<F> forward(const ForwardUnits<F, Row>& at) {
     const Vec<F> i = sigmoid(at.sum(0)), f = sigmoid(at.sum(1)), g = tanh(at.sum(2)), o = sigmoid(at.sum(3));
     const Vec<F> c = f * load(at.c_prev + at.unit, at.n) + i * g;
     store<F>(at.c + at.unit, c, at.n);
@@ -65,8 +65,8 @@ struct Lstm {
     return o * tanh(c);
   }
 
-  template <typename F>
-  RNNATTN_INLINE static void backward(const BackwardUnits<F>& at, Vec<F> dh) {
+  template <typename F, typename Row>
+  RNNATTN_INLINE static void backward(const BackwardUnits<F, Row>& at, Vec<F> dh) {
     const Vec<F> i = at.gate(0), f = at.gate(1), g = at.gate(2), o = at.gate(3);
     const Vec<F> tanh_c = tanh(load(at.c + at.unit, at.n)), c_prev = load(at.c_prev + at.unit, at.n);
     const Vec<F> dc = load(at.dc + at.unit, at.n) + dh * o * (F(1) - tanh_c * tanh_c);
@@ -83,18 +83,18 @@ struct Gru {
   static constexpr bool kNeedsH = false, kNeedsPrevious = true, kCarry = true;
 
   // r, z = sigmoid(a);  q = W_hn h_prev + b_hn;  n = tanh(W_in x + b_in + r * q);  h = (1 - z) * n + z * h_prev
-  template <typename F>
-  RNNATTN_INLINE static Vec<F> forward(const ForwardUnits<F>& at) {
+  template <typename F, typename Row>
+  RNNATTN_INLINE static Vec<F> forward(const ForwardUnits<F, Row>& at) {
     const Vec<F> r = sigmoid(at.sum(0)), z = sigmoid(at.sum(1));
     Vec<F> q = load(at.hidden + 2 * kLanes<F>);
     if (at.bias_q) q += load(at.bias_q + at.unit, at.n);
     const Vec<F> n = tanh(load(at.input + 2 * kLanes<F>) + r * q);
     if (at.gates) at.save(0, r), at.save(1, z), at.save(2, n), at.save(3, q);
-    return (F(1) - z) * n + z * load(at.h_prev + at.unit, at.n);
+    return (F(1) - z) * n + z * load_row(at.h_prev + at.unit, at.n);
   }
 
-  template <typename F>
-  RNNATTN_INLINE static void backward(const BackwardUnits<F>& at, Vec<F> dh) {
+  template <typename F, typename Row>
+  RNNATTN_INLINE static void backward(const BackwardUnits<F, Row>& at, Vec<F> dh) {
     const Vec<F> r = at.gate(0), z = at.gate(1), n = at.gate(2), q = at.gate(3);
     const Vec<F> dn = dh * (F(1) - z) * (F(1) - n * n);
     at.put(0, dn);
@@ -111,15 +111,15 @@ struct Rnn {
   static constexpr int kGates = 1, kUnits = 4;
   static constexpr bool kNeedsH = true, kNeedsPrevious = false, kCarry = false;
 
-  template <typename F>
-  RNNATTN_INLINE static Vec<F> forward(const ForwardUnits<F>& at) {
+  template <typename F, typename Row>
+  RNNATTN_INLINE static Vec<F> forward(const ForwardUnits<F, Row>& at) {
     const Vec<F> a = at.sum(0);
     if constexpr (mode == Mode::kTanh) return tanh(a);
     else return a <= F(0) ? Vec<F>{} : a;  // NaN stays
   }
 
-  template <typename F>
-  RNNATTN_INLINE static void backward(const BackwardUnits<F>& at, Vec<F> dh) {
+  template <typename F, typename Row>
+  RNNATTN_INLINE static void backward(const BackwardUnits<F, Row>& at, Vec<F> dh) {
     if constexpr (mode == Mode::kTanh) at.put(0, dh * (F(1) - at.h * at.h));
     else at.put(0, at.h <= F(0) ? Vec<F>{} : dh);
   }

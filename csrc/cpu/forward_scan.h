@@ -12,18 +12,22 @@ namespace {
 
 using rnnattn::ForwardScan;
 using rnnattn::Member;
-using rnnattn::Panel;
 
-// W is what the panels of w_ih and w_hh hold.
+// W is what the panels of w_ih and w_hh hold, and the rows that they are multiplied with.
 template <typename Cell, typename F, typename W>
 class Forward {
   static constexpr int V = Cell::kGates * Cell::kUnits;
   static constexpr int64_t L = kLanes<F>, kBlock = V * L;
   using Word = typename W::Word;
+  using Row = typename W::Row;
+  static constexpr bool kNarrow = sizeof(Row) < sizeof(F);  // products take x, h0 and y as they are stored
+  static constexpr bool kTiles = W::kTileRows > 1;
 
  public:
   Forward(const ForwardScan<F>& scan, const Member<F>& member)
-      : p(scan), m(member), h_rows(member.pointers), raw_rows(h_rows + p.rows.n), x_rows(raw_rows + p.rows.n), lines(p.w_hh) {}
+      : p(scan), m(member), h_rows(reinterpret_cast<const Row**>(m.pointers)),
+        raw_rows(reinterpret_cast<const F**>(m.pointers + p.rows.n)), x_rows(h_rows + 2 * p.rows.n),
+        copies(static_cast<Row*>(m.copies)), lines(p.w_hh) {}
 
   void run() {
     const int64_t steps = scan_steps(p.rows);
@@ -37,7 +41,8 @@ class Forward {
       for (int64_t first_row = 0; step < end; ++step, first_row += running) {
         while (p.rows.length[running - 1] <= step) --running;
         for (int64_t i = 0; i < running; ++i)
-          h_rows[i] = is_reset(i, step) ? p.resets.h + p.rows.row[i] * p.R : state(i, step - 1);
+          h_rows[i] = is_reset(i, step) ? static_cast<const Row*>(p.resets.h) + p.rows.row[i] * p.R : state(i, step - 1);
+        if constexpr (kTiles) W::arrange(h_rows, running, p.R, copies + p.chunk * p.rows.n * rnnattn::padded_row(p.I));
         for (int64_t n = 0; n < m.last - m.first; ++n) {
           // There and back again: the panels read last are still in cache.
           const int64_t back = (step + p.calls) % 2, at = back ? m.last - m.first - 1 - n : n, block = m.first + at;
@@ -69,12 +74,15 @@ class Forward {
     for (; step < end; ++step)
       for (int64_t i = 0; i < p.rows.n && p.rows.length[i] > step; ++i, ++count) {
         const int64_t at = time_of(p.rows, i, step) * p.x_step + p.rows.row[i] * p.x_row;
-        x_rows[count] = p.stored == Stored::kFull ? static_cast<const F*>(p.x) + at : m.x + count * p.I;
-        if (p.stored == Stored::kFull) continue;
+        const bool widen = !kNarrow && p.stored != Stored::kFull;
+        Row* copy = copies + count * p.I;
+        x_rows[count] = widen ? copy : static_cast<const Row*>(p.x) + at;
+        if (!widen) continue;
         for_lanes<F>(0, p.I, [&](int64_t k, int64_t n) {
-          store<F>(m.x + count * p.I + k, load_stored<F>(p.stored, p.x, at + k, n), n);
+          store_row(copy + k, load_stored<F>(p.stored, p.x, at + k, n), n);
         });
       }
+    if constexpr (kTiles) W::arrange(x_rows, count, p.I, copies);
     return count;
   }
 
@@ -113,19 +121,22 @@ class Forward {
 
   bool is_reset(int64_t i, int64_t step) const { return rnnattn::is_reset(p.resets, p.B, p.rows, i, step); }
 
-  // Where row i's state after a scan step is read as F; step -1 is the initial state.
-  F* state(int64_t i, int64_t step) const {
+  // Where products read row i's state after a scan step; step -1 is the initial state.
+  const Row* state(int64_t i, int64_t step) const {
     const int64_t b = p.rows.row[i];
-    if (step < 0) return const_cast<F*>(p.h0) + b * p.R;
-    if (p.h) return p.h + (step % 2 * p.B + b) * p.R;
-    return static_cast<F*>(p.y) + (time_of(p.rows, i, step) * p.B + b) * p.y_row;
+    if (step < 0) return static_cast<const Row*>(p.h0) + b * p.R;
+    if constexpr (!kNarrow)
+      if (p.h) return kept(b, step);
+    return static_cast<const Row*>(p.y) + (time_of(p.rows, i, step) * p.B + b) * p.y_row;
   }
 
-  // h leaves the step: into y, and into the states to be read as F where y is rounded.
+  F* kept(int64_t b, int64_t step) const { return p.h + (step % 2 * p.B + b) * p.R; }
+
+  // h leaves the step: into y, and into the states to be read as F where y is rounded and products are not.
   void put(int64_t i, int64_t step, int64_t unit, int64_t n, Vec<F> h) {
     const int64_t at = (time_of(p.rows, i, step) * p.B + p.rows.row[i]) * p.y_row;
     const Vec<F> rounded = store_as(p.stored, p.y, at + unit, h, n);
-    if (p.h) store<F>(state(i, step) + unit, rounded, n);
+    if (p.h) store<F>(kept(p.rows.row[i], step) + unit, rounded, n);
   }
 
   void units(int64_t block, int64_t step, int64_t first, int64_t rows, const F* gates_x, const F* sums) {
@@ -136,7 +147,7 @@ class Forward {
         const int64_t unit = (block * Cell::kUnits + u) * L, left = p.H - unit, n = left < L ? left : L;
         if (n <= 0) break;
         const int64_t vectors = r * kBlock + u * Cell::kGates * L;
-        const Vec<F> h = Cell::template forward<F>(
+        const Vec<F> h = Cell::template forward<F, Row>(
             {unit, n, p.H, p.stored, h_rows[i], c_prev, p.c + b * p.H, p.cells ? p.cells + at * p.H : nullptr, p.gates,
              at * gate_columns(p.mode) * p.H, gates_x + vectors, sums + vectors, p.bias_q});
         if (p.h_raw) store_rounded(p.h_raw + b * p.H + unit, h, n);
@@ -169,20 +180,25 @@ class Forward {
 
   const ForwardScan<F>& p;
   const Member<F>& m;
-  const F **h_rows, **raw_rows, **x_rows;
+  const Row** h_rows;
+  const F** raw_rows;
+  const Row** x_rows;
+  Row* copies;
   LineList lines;  // of a tile
 };
 
+template <typename W, typename F>
+void scan_forward(const ForwardScan<F>& scan, const Member<F>& member) {
+  with_cell(scan.mode, [&](auto cell) { Forward<decltype(cell), F, W>(scan, member).run(); });
+}
+
 template <typename F>
 void forward_scan(const ForwardScan<F>& scan, const Member<F>& member) {
-  with_cell(scan.mode, [&](auto cell) {
-    using Cell = decltype(cell);
-    if constexpr (sizeof(F) == sizeof(float)) {
-      if (scan.panel == Panel::kBFloat16) return Forward<Cell, F, PairsOfBFloat16>(scan, member).run();
-      if (scan.panel == Panel::kInt8) return Forward<Cell, F, FoursOfInt8>(scan, member).run();
-    }
-    Forward<Cell, F, Full<F>>(scan, member).run();
-  });
+  if constexpr (sizeof(F) == sizeof(float)) {
+    if (scan.panel == Panel::kBFloat16) return scan_forward<PairsOfBFloat16>(scan, member);
+    if (scan.panel == Panel::kInt8) return scan_forward<FoursOfInt8>(scan, member);
+  }
+  scan_forward<Full<F>>(scan, member);
 }
 
 }  // namespace

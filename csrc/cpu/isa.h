@@ -25,16 +25,27 @@ struct Kernels {
   void (*additive_gradient)(const AdditiveGradient<F>&);
 };
 
+// Scans whose products take bfloat16 as it is stored: x, h0 and y, and the gates' gradients; the panels hold bfloat16.
+// For packed weights without a projection.
+struct BFloat16Scans {
+  void (*forward_scan)(const ForwardScan<float>&, const Member<float>&);
+  void (*backward_scan)(const BackwardScan<float>&, const Member<float>&);
+};
+
 struct KernelTable {
   const char* isa;
   Kernels<float> f32;
   Kernels<double> f64;
+  const BFloat16Scans* bfloat16 = nullptr;  // where the instruction set has such products
 };
 
-// One per instruction set that was compiled (kernels.cpp).
+// One per instruction set that was compiled (kernels.cpp, bfloat16_kernels.cpp).
 extern const KernelTable kernels_baseline;
 extern const KernelTable kernels_avx2;
 extern const KernelTable kernels_avx512;
+extern const BFloat16Scans bfloat16_scans_avx512_bf16;
+extern const BFloat16Scans bfloat16_scans_amx;
+extern const BFloat16Scans bfloat16_scans_emulated;
 
 // The best table this machine can run, or the lower one that RNNATTN_CPU_ISA names; chosen once.
 const KernelTable& kernel_table();

@@ -39,21 +39,21 @@ inline Stored stored_as(at::ScalarType dtype) {
   return dtype == at::kBFloat16 ? Stored::kBFloat16 : dtype == at::kHalf ? Stored::kHalf : Stored::kFull;
 }
 
-struct DirectionWeights {  // in the accumulation type, contiguous
+struct DirectionWeights {  // contiguous
   Tensor w_ih, w_hh;       // [G H, I], [G H, R]
   Tensor b_ih, b_hh;       // [G H], or undefined
   Tensor w_hr;             // [R, H], or undefined
 };
 
-inline std::vector<DirectionWeights> split_weights(at::TensorList weights, bool has_biases, size_t directions, at::ScalarType acc) {
+inline std::vector<DirectionWeights> split_weights(at::TensorList weights, bool has_biases, size_t directions, at::ScalarType dtype) {
   const size_t each = weights.size() / directions;
   std::vector<DirectionWeights> parts;
   for (size_t k = 0; k < directions; ++k) {
     const auto w = weights.slice(k * each, each);
-    const auto full = [&](size_t n) { return w[n].to(acc).contiguous(); };
-    DirectionWeights part{full(0), full(1), {}, {}, {}};
-    if (has_biases) part.b_ih = full(2), part.b_hh = full(3);
-    if (each == (has_biases ? 5 : 3)) part.w_hr = full(each - 1);
+    const auto as_type = [&](size_t n) { return w[n].to(dtype).contiguous(); };
+    DirectionWeights part{as_type(0), as_type(1), {}, {}, {}};
+    if (has_biases) part.b_ih = as_type(2), part.b_hh = as_type(3);
+    if (each == (has_biases ? 5 : 3)) part.w_hr = as_type(each - 1);
     parts.push_back(std::move(part));
   }
   return parts;
@@ -79,8 +79,7 @@ struct PackedMatrix {
 
   // Elements of the panels: of F, or words of 32 bits.
   int64_t size() const {
-    const int64_t group = packing.panel == Panel::kInt8 ? 4 : packing.panel == Panel::kBFloat16 ? 2 : 1;
-    return blocks * packing.gates * packing.units * kernels<F>().lanes * ((packing.K + group - 1) / group);
+    return blocks * packing.gates * packing.units * kernels<F>().lanes * panel_depth(packing.panel, packing.K);
   }
 
   void allocate() {
@@ -95,8 +94,14 @@ struct PackedMatrix {
   }
 };
 
-// Whether weights given in bfloat16 stay so: what few rows wait for is memory, and half of it passes sooner;
-// for many rows the bits would be shifted into floats again and again.
+// Whether products take bfloat16 as it is stored. A processor's float16 instructions do not help: AVX512-FP16 sums in
+// float16, and sums are to be float.
+inline bool multiplies_bfloat16(at::ScalarType dtype, bool projected) {
+  return dtype == at::kBFloat16 && kernel_table().bfloat16 && !projected;
+}
+
+// Whether weights given in bfloat16 stay so where products take floats: what few rows wait for is memory, and half of it
+// passes sooner; for many rows the bits would be shifted into floats again and again.
 inline bool keeps_bfloat16(at::ScalarType dtype, double rows) { return dtype == at::kBFloat16 && rows <= 4; }
 
 // Columns of w [K, width], or of its transpose, four vectors to a panel.
@@ -121,7 +126,7 @@ void run_layer(const Plan& plan, int directions, const std::vector<const PackedM
     const int threads = teams * members;
     const ScratchSize size = scratch(members);  // all memory comes first: nothing may throw in the region
     const Tensor numbers = workspace({threads * size.numbers}, c10::CppTypeToScalarType<F>::value);
-    std::vector<const F*> pointers(threads * size.pointers);
+    std::vector<const void*> pointers(threads * size.pointers);
     Barrier all(threads);
     std::vector<std::unique_ptr<Barrier>> barriers;
     for (int n = 0; n < scans; ++n) barriers.push_back(members > 1 ? std::make_unique<Barrier>(members) : nullptr);

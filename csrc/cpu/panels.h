@@ -7,7 +7,6 @@
 namespace {
 
 using rnnattn::Packing;
-using rnnattn::Panel;
 
 #if defined(__clang__)
 template <int D, typename F>
@@ -75,6 +74,8 @@ void pack_panel_as(const Packing<F>& p, int64_t block, typename W::Word* panel) 
       store_weights<W, F>(rows, depth, k, v, V, panel);
     }
   }
+  const int64_t filled = (p.K + W::kGroup - 1) / W::kGroup;
+  std::memset(panel + filled * V * L, 0, (words<W>(p.K) - filled) * V * L * sizeof *panel);
 }
 
 // One panel of a matrix.
@@ -93,21 +94,21 @@ void pack_panel(const Packing<F>& p, int64_t block, void* panels) {
 }
 
 // The sum over k of a[k] w[k], in four parts that do not wait for one another.
-template <typename F>
-inline Vec<F> dot(const F* a, const F* w, int64_t K) {
+template <typename F, typename Row>
+inline Vec<F> dot(const Row* a, const F* w, int64_t K) {
   constexpr int64_t L = kLanes<F>;
   Vec<F> sums[4] = {};
   int64_t k = 0;
   for (; k + 4 * L <= K; k += 4 * L)
-    RNNATTN_UNROLL for (int64_t j = 0; j < 4; ++j) sums[j] += load(a + k + j * L) * load(w + k + j * L);
-  for_lanes<F>(k, K, [&](int64_t at, int64_t n) { sums[0] += load(a + at, n) * load(w + at, n); });
+    RNNATTN_UNROLL for (int64_t j = 0; j < 4; ++j) sums[j] += load_row(a + k + j * L, L) * load(w + k + j * L);
+  for_lanes<F>(k, K, [&](int64_t at, int64_t n) { sums[0] += load_row(a + at, n) * load(w + at, n); });
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // out[i] = init + a[i] w for n rows, w [gates * width, K] as torch holds it, out [rows][vectors][lanes]
 // as a product with a panel gives it. One row of w after the other, as they lie in memory.
-template <typename F>
-void multiply_unpacked(const Packing<F>& p, int64_t block, const F* const* rows, int64_t n, const F* init, F* out) {
+template <typename F, typename Row>
+void multiply_unpacked(const Packing<F>& p, int64_t block, const Row* const* rows, int64_t n, const F* init, F* out) {
   constexpr int64_t L = kLanes<F>;
   const int64_t V = p.gates * p.units;
   for (int64_t v = 0; v < V; ++v) {

@@ -13,7 +13,7 @@ struct LayerShape {
   int64_t T, B, I, H, R;
   int directions;
   double mean_rows;      // rows running at a step, over the steps of the longest
-  int64_t element;       // bytes of the accumulation type
+  int64_t element;       // bytes of a weight
   int64_t lanes;
   bool backward;
 };

@@ -7,6 +7,9 @@
 
 namespace {
 
+using rnnattn::Panel;
+using rnnattn::panel_depth;
+
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRegisters = 32;
 #else
@@ -18,18 +21,31 @@ constexpr int kWide = 4;  // vectors of a panel that has plain columns
 // Rows of a tile: as many sums as registers hold beside a row of the panel and one element of a.
 template <int V> constexpr int kRows = V == 3 ? kRegisters / 4 : (kRegisters - V - 2) / V;
 
+// How the rows of a product are held and what a multiply-add takes of them: a number of F at a time.
+template <typename F>
+struct RowsOf {
+  using Row = F;
+  static constexpr int kTaken = 1;
+  static constexpr int64_t kTileRows = 1;        // of a matrix unit's tiles, where there is one
+  static constexpr int64_t kMostRows = INT64_MAX;  // that are not for the matrix unit
+  RNNATTN_INLINE static Vec<F> element(const F* a, int64_t) { return splat(*a); }
+  RNNATTN_INLINE static Vec<F> multiply_add(Vec<F> sum, Vec<F> a, Vec<F> column) { return sum + a * column; }
+};
+
 // What a panel holds: F itself, or words of 32 bits with the weights of a column for several
 // consecutive k, of which shifts make floats.
 template <typename F>
-struct Full {
+struct Full : RowsOf<F> {
   using Word = F;
+  static constexpr Panel kPanel = Panel::kFull;
   static constexpr int kGroup = 1;
   static Vec<F> weights(const F* w, int) { return load(w); }
   static Vec<F> word(Vec<F> v, int) { return v; }
 };
 
-struct PairsOfBFloat16 {
+struct PairsOfBFloat16 : RowsOf<float> {
   using Word = int32_t;
+  static constexpr Panel kPanel = Panel::kBFloat16;
   static constexpr int kGroup = 2;
   static FloatVec weights(const int32_t* w, int j) {
     IntVec word;
@@ -39,8 +55,9 @@ struct PairsOfBFloat16 {
   static IntVec word(FloatVec v, int j) { return to_bfloat16(v) << (16 * j); }
 };
 
-struct FoursOfInt8 {
+struct FoursOfInt8 : RowsOf<float> {
   using Word = int32_t;
+  static constexpr Panel kPanel = Panel::kInt8;
   static constexpr int kGroup = 4;
   static FloatVec weights(const int32_t* w, int j) {
     IntVec word;
@@ -51,7 +68,7 @@ struct FoursOfInt8 {
 };
 
 template <typename W>
-constexpr int64_t words(int64_t K) { return (K + W::kGroup - 1) / W::kGroup; }
+constexpr int64_t words(int64_t K) { return panel_depth(W::kPanel, K); }
 
 // Rows times a panel, of which part after part of kDepth steps of k is multiplied with all rows: it
 // stays in the core's own cache for them. ahead is the panel to come after this one: each tile fetches
@@ -59,7 +76,7 @@ constexpr int64_t words(int64_t K) { return (K + W::kGroup - 1) / W::kGroup; }
 template <typename F, typename W>
 struct Product {
   using Word = typename W::Word;
-  const F* const* rows;
+  const typename W::Row* const* rows;
   int64_t K;
   const Word* w;
   const Word* ahead;
@@ -103,12 +120,12 @@ struct NoLines {
 
 // out[r] = init[r] + a[r] w for R rows; init may be null for zero, init_stride 0 for the same in every row.
 template <int R, int V, typename F, typename W, typename Beside>
-[[gnu::noinline]] void product_tile(const F* const* rows, int64_t k, int64_t end, const typename W::Word* w,
+[[gnu::noinline]] void product_tile(const typename W::Row* const* rows, int64_t k, int64_t end, const typename W::Word* w,
                                     const typename W::Word* ahead, Beside lines, const F* init, int64_t init_stride, F* out) {
   constexpr int64_t L = kLanes<F>;
   constexpr int kSets = R * V < 8 ? 2 : 1;  // of sums: eight of them hide the latency of the multiply-add
-  constexpr int kStep = W::kGroup > kSets ? W::kGroup : kSets;
-  const F* a[R];
+  constexpr int kStep = W::kGroup > kSets * W::kTaken ? W::kGroup : kSets * W::kTaken;
+  const typename W::Row* a[R];
   Vec<F> sums[kSets][R][V];
   RNNATTN_UNROLL for (int r = 0; r < R; ++r) {
     a[r] = rows[r];
@@ -120,27 +137,33 @@ template <int R, int V, typename F, typename W, typename Beside>
   for (; k + kStep <= end; k += kStep, w += kStep / W::kGroup * V * L) {
     // Sums of one row wait for nothing but memory, which the hardware foresees.
     if (R > 1) __builtin_prefetch(ahead, 0, 2), ahead += 64 / sizeof *ahead, lines.fetch();
-    RNNATTN_UNROLL for (int j = 0; j < kStep; ++j) {
-      Vec<F> column[V];
+    RNNATTN_UNROLL for (int j = 0; j < kStep; j += W::kTaken) {
+      decltype(W::weights(w, 0)) column[V];
       RNNATTN_UNROLL for (int v = 0; v < V; ++v)
         column[v] = W::weights(w + (j / W::kGroup * V + v) * L, j % W::kGroup);
       RNNATTN_UNROLL for (int r = 0; r < R; ++r) {
-        const Vec<F> element = splat(a[r][k + j]);
-        RNNATTN_UNROLL for (int v = 0; v < V; ++v) sums[j % kSets][r][v] += element * column[v];
+        const auto element = W::element(a[r] + k + j, W::kTaken);
+        RNNATTN_UNROLL for (int v = 0; v < V; ++v) {
+          Vec<F>& sum = sums[j / W::kTaken % kSets][r][v];
+          sum = W::multiply_add(sum, element, column[v]);
+        }
       }
     }
   }
-  for (int j = 0; k < end; ++k, ++j)
+  for (int j = 0; k < end; k += W::kTaken, j += W::kTaken)
     RNNATTN_UNROLL for (int v = 0; v < V; ++v) {
-      const Vec<F> column = W::weights(w + (j / W::kGroup * V + v) * L, j % W::kGroup);
-      RNNATTN_UNROLL for (int r = 0; r < R; ++r) sums[0][r][v] += splat(a[r][k]) * column;
+      const auto column = W::weights(w + (j / W::kGroup * V + v) * L, j % W::kGroup);
+      RNNATTN_UNROLL for (int r = 0; r < R; ++r)
+        sums[0][r][v] = W::multiply_add(sums[0][r][v], W::element(a[r] + k, end - k), column);
     }
   RNNATTN_UNROLL for (int r = 0; r < R; ++r)
     RNNATTN_UNROLL for (int v = 0; v < V; ++v)
       store<F>(out + (r * V + v) * L, kSets == 2 ? sums[0][r][v] + sums[kSets - 1][r][v] : sums[0][r][v]);
 }
 
-template <int V, typename F, typename W, typename Beside, int R = kRows<V>, typename... Arguments>
+template <int V, typename W> constexpr int kTileOf = kRows<V> < W::kMostRows ? kRows<V> : W::kMostRows;
+
+template <int V, typename F, typename W, typename Beside, int R = kTileOf<V, W>, typename... Arguments>
 inline void product_of(int64_t rows, Arguments... arguments) {
   if constexpr (R > 1)
     if (rows < R) return product_of<V, F, W, Beside, R - 1>(rows, arguments...);
@@ -153,6 +176,8 @@ template <int V, typename F, typename W, typename Fetch>
 inline void multiply(const Product<F, W>& p, int64_t begin, int64_t end, const F* init, F* out, const Fetch& lines) {
   constexpr int64_t kBlock = V * kLanes<F>;
   const int64_t n = end - begin, tiles = (n + kRows<V> - 1) / kRows<V>;
+  if constexpr (W::kTileRows > 1)
+    if (n > W::kMostRows) return W::template multiply<V>(p, begin, n, init, out);
   const F* given = p.scale ? nullptr : init;
   int64_t k = 0;
   do {
@@ -188,10 +213,11 @@ inline void multiply(const Product<F, W>& p, int64_t begin, int64_t end, const F
 // The sums of the rows [begin, end), some rows at a time: body(first row, rows, sums [rows][V][lanes]).
 template <int V, typename F, typename W, typename Fetch, typename Body>
 inline void for_products(const Product<F, W>& p, int64_t begin, int64_t end, const Fetch& lines, const Body& body) {
-  constexpr int64_t kTogether = 8 * kRows<V>;
-  for (int64_t first = begin; first < end; first += kTogether) {
-    alignas(64) F sums[kTogether * V * kLanes<F>];
-    const int64_t last = first + kTogether < end ? first + kTogether : end;
+  constexpr int64_t kTogether = W::kTileRows > 1 ? 2 * W::kTileRows : 8 * kRows<V>;
+  constexpr int64_t kMost = kTogether + W::kTileRows - 1;  // what would not fill a matrix unit's tile joins the last
+  for (int64_t first = begin, last; first < end; first = last) {
+    alignas(64) F sums[kMost * V * kLanes<F>];
+    last = end - first > kMost ? first + kTogether : end;
     multiply<V, F, W>(p, first, last, nullptr, sums, lines);
     body(first, last - first, sums);
   }

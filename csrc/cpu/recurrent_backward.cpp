@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <tuple>
+#include <type_traits>
 
 #include "../dispatch.h"
 #include "layer.h"
@@ -31,8 +32,9 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   const auto full = x.options().dtype(acc);
   const Tensor none = at::empty({0}, x.options());
 
-  const auto parts = split_weights(weights, has_biases, K, acc);
-  const bool projected = parts[0].w_hr.defined();
+  const bool projected = weights.size() / K == (has_biases ? 5 : 3), narrow = multiplies_bfloat16(dtype, projected);
+  const auto operand = narrow ? dtype : acc;  // of the gates' gradients, and of all that GEMMs multiply them with
+  const auto parts = split_weights(weights, has_biases, K, operand);
   const auto start = [&](const OptionalTensor& given, int64_t width) {
     return given ? given->to(acc, false, true, at::MemoryFormat::Contiguous) : at::zeros({K, B, width}, full);
   };
@@ -44,10 +46,12 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   OptionalTensor dy = dy_given;
   if (dy && dy->stride(2) != 1) dy = dy->contiguous();
 
+  std::vector<Tensor> hidden;             // w_hh as F
   std::vector<PackedMatrix<F>> matrices;  // per direction: w_hh, (w_hr)
   for (const auto& w : parts) {
-    matrices.push_back(packed_columns<F>(w.w_hh, false));
-    if (keeps_bfloat16(dtype, mean_rows(lengths, T, B))) matrices.back().packing.panel = Panel::kBFloat16;
+    hidden.push_back(w.w_hh.to(acc));
+    matrices.push_back(packed_columns<F>(hidden.back(), false));
+    if (narrow || keeps_bfloat16(dtype, mean_rows(lengths, T, B))) matrices.back().packing.panel = Panel::kBFloat16;
     if (projected) matrices.push_back(packed_columns<F>(w.w_hr, false));
   }
   const bool one_step = T == 1 && !lengths;  // takes a product with w_hh for dh0 alone: not worth packing it
@@ -58,22 +62,27 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   const int64_t lanes = kernels<F>().lanes, blocks = blocks_of(H, kernels<F>().wide_vectors, lanes);
   const int64_t projected_blocks = projected ? matrices[0].blocks : 0;
 
+  const int64_t element = narrow ? 2 : sizeof(F);
   const Plan plan =
-      plan_layer({mode, T, B, I, H, R, static_cast<int>(K), mean_rows(lengths, T, B), sizeof(F), lanes, true}, team_size());
+      plan_layer({mode, T, B, I, H, R, static_cast<int>(K), mean_rows(lengths, T, B), element, lanes, true}, team_size());
   const RowOrder order(lengths, T, B, plan.groups);
   // The scan reads a unit's gates just before it writes their gradients: into the same memory, where nobody else
   // reads it afterwards, or into memory that the system first has to find and to clear.
-  const bool in_place = overwrites && gates.numel() && gates.scalar_type() == acc && !order.ragged && !projected;
-  const Tensor d_gates = in_place ? gates.view({K, order.slots, columns * H}) : workspace({K, order.slots, columns * H}, full);
+  const bool in_place = overwrites && gates.numel() && gates.scalar_type() == operand && !order.ragged && !projected;
+  const Tensor d_gates =
+      in_place ? gates.view({K, order.slots, columns * H}) : workspace({K, order.slots, columns * H}, full.dtype(operand));
   const Tensor d_bias = needs_dweights && has_biases ? at::zeros({K, plan.groups, columns * H}, full) : none;
   const Tensor dh_out = projected ? workspace({K, order.slots, R}, full) : Tensor();
 
-  const auto scratch = [&](int) { return ScratchSize{0, 2 * ((B + plan.groups - 1) / plan.groups)}; };
+  const auto scratch = [&](int) {
+    const int64_t rows = (B + plan.groups - 1) / plan.groups;
+    return ScratchSize{narrow ? rows * padded_row(used * H) / 2 : 0, 2 * rows};
+  };
   run_layer<F>(plan, static_cast<int>(K), to_pack, scratch, [&](int k, int group, int index, int members, Barrier* barrier,
-                                                                F*, const F** pointers) {
+                                                                F* numbers, const void** pointers) {
     const auto share = [&](int64_t n, int m) { return n * m / members; };
     const Member<F> member{index, share(blocks, index), share(blocks, index + 1), share(projected_blocks, index),
-                           share(projected_blocks, index + 1), nullptr, nullptr, pointers};
+                           share(projected_blocks, index + 1), nullptr, numbers, pointers};
     const auto at_bytes = [&](const Tensor& t, int64_t at) -> const void* {
       return t.numel() ? static_cast<const char*>(t.const_data_ptr()) + at * t.element_size() : nullptr;
     };
@@ -84,19 +93,21 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
                                dy ? at_bytes(*dy, k * R) : nullptr, dy ? dy->stride(0) : 0, dy ? dy->stride(1) : 0,
                                at_bytes(y, k * R), K * R, at_bytes(gates, k * T * B * columns * H), pointer(cells, T * B * H),
                                pointer(h0_full, B * R), pointer(c0_full, B * H), pointer(dh, B * R), pointer(dc, B * H),
-                               pointer(d_gates, order.slots * columns * H),
+                               static_cast<char*>(d_gates.data_ptr()) + k * order.slots * columns * H * d_gates.element_size(),
                                d_bias.numel() ? d_bias.data_ptr<F>() + (k * plan.groups + group) * columns * H : nullptr,
                                pointer(dh_out, order.slots * R),
                                {flags(resets), pointer(h_reset, B * R), pointer(c_reset, B * H)}, pointer(dh_reset, B * R),
                                pointer(dc_reset, B * H)};
+    if constexpr (std::is_same_v<F, float>)
+      if (narrow) return kernel_table().bfloat16->backward_scan(scan, member);
     kernels<F>().backward_scan(scan, member);
   });
 
   if (dh_reset.defined()) dh.add_(dh_reset), dc.add_(dc_reset);
   const Tensor rows = order.ragged ? Slots(order, B, false).all : Tensor();
-  const auto packed = [&](const Tensor& t) {  // [T, B, n] -> [slots, n], as F
+  const auto packed = [&](const Tensor& t) {  // [T, B, n] -> [slots, n]
     const Tensor flat = t.reshape({T * B, t.size(2)});
-    return (order.ragged ? flat.index_select(0, rows) : flat).to(acc);
+    return (order.ragged ? flat.index_select(0, rows) : flat).to(operand);
   };
   const Tensor x_packed = needs_dweights ? packed(x) : Tensor();
   Tensor dx;
@@ -104,7 +115,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   for (int64_t k = 0; k < K; ++k) {
     const DirectionWeights& w = parts[k];
     const Tensor d = d_gates[k], d_h = d.narrow(1, hidden_column(mode) * H, used * H);
-    if (one_step && gru) dh[k].addmm_(d_h, w.w_hh);
+    if (one_step && gru) dh[k].add_(at::mm(d_h, w.w_hh));
     else if (one_step) dh[k].copy_(at::mm(d_h, w.w_hh));
     if (one_step && resets && !reset_to_initial && !reverses[k]) dh[k].masked_fill_(resets->view({B, 1}), 0);
     // The columns of the input product and their rows of w_ih: those of GRU's n stand first in d, last in w_ih.
@@ -114,19 +125,19 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
       for (const Part& part : parts_x) {
         const Tensor d_part = d.narrow(1, part.column, part.n), w_part = w.w_ih.narrow(0, part.row, part.n);
         if (dx.defined()) dx.addmm_(d_part, w_part);
-        else dx = workspace({order.slots, I}, full), at::mm_out(dx, d_part, w_part);
+        else dx = workspace({order.slots, I}, d.options()), at::mm_out(dx, d_part, w_part);
       }
     if (!needs_dweights) continue;
     const PreviousStates h_prev{y.narrow(2, k * R, R), h0[k], order, reverses[k], resets, reset_to_initial};
     if (parts_x.size() == 1 && order.slots >= used * H && I + R <= kNarrow) {
-      const Tensor inputs = workspace({order.slots, I + R}, full);
+      const Tensor inputs = workspace({order.slots, I + R}, d.options());
       inputs.narrow(1, 0, I).copy_(x_packed);
       h_prev.copy_to(inputs.narrow(1, I, R));
       const Tensor product = outer_sum(d, inputs);
       for (const Tensor& dw : {product.narrow(1, 0, I), product.narrow(1, I, R)})
         dweights.push_back(dw.to(dtype, false, true, at::MemoryFormat::Contiguous));
     } else {
-      const Tensor dw_ih = workspace({used * H, I}, full);
+      const Tensor dw_ih = workspace({used * H, I}, d.options());
       for (const Part& part : parts_x) outer_into(dw_ih.narrow(0, part.row, part.n), d.narrow(1, part.column, part.n), x_packed);
       dweights.push_back(dw_ih.to(dtype));
       dweights.push_back(h_prev.product(d_h).to(dtype));
@@ -141,7 +152,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
       dweights.push_back(at::mm(dh_out[k].t(), packed(h_raw)).to(dtype));
     }
   }
-  if (needs_dx && order.ragged) dx = at::zeros({T * B, I}, full).index_copy_(0, rows, dx);
+  if (needs_dx && order.ragged) dx = at::zeros({T * B, I}, dx.options()).index_copy_(0, rows, dx);
   return {needs_dx ? dx.to(dtype).view({T, B, I}) : none, dh.to(dtype), lstm ? dc.to(dtype) : none, dweights};
 }
 

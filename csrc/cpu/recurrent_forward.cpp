@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstring>
 #include <tuple>
+#include <type_traits>
 
 #include "../dispatch.h"
 #include "forward_weights.h"
@@ -66,11 +67,12 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
   const Tensor y = in_huge_pages(at::empty({T, B, K * R}, options));
   const Tensor gates = saves_gates ? workspace({K, T, B, columns * H}, options) : Tensor();
   const Tensor cells = save && lstm ? workspace({K, T, B, H}, full) : Tensor();
-  const Tensor h0_full = h0.to(acc).contiguous();
+  const bool narrow = weights[0].ih.packing.panel == Panel::kBFloat16 && multiplies_bfloat16(x.scalar_type(), projected);
+  const Tensor h0_given = h0.contiguous(), h0_rows = narrow ? h0_given : h0_given.to(acc);
   const Tensor c0_full = lstm ? c0->to(acc).contiguous() : Tensor(), c = lstm ? at::empty({K, B, H}, full) : Tensor();
   if (lstm) std::memcpy(c.data_ptr(), c0_full.const_data_ptr(), c.nbytes());
-  const Tensor h = stored == Stored::kFull ? Tensor() : at::empty({K, 2, B, R}, full);
-  const Tensor h_reset = reset_states(resets, reset_to_initial, h0_full), c_reset = reset_states(resets, reset_to_initial, c0_full);
+  const Tensor h = stored == Stored::kFull || narrow ? Tensor() : at::empty({K, 2, B, R}, full);
+  const Tensor h_reset = reset_states(resets, reset_to_initial, h0_rows), c_reset = reset_states(resets, reset_to_initial, c0_full);
   const Tensor h_raw = projected ? at::empty({K, B, H}, full) : Tensor();
 
   std::vector<const PackedMatrix<F>*> to_pack;
@@ -86,7 +88,8 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
 
   const double rows = mean_rows(lengths, T, B);
   const int directions = static_cast<int>(K);
-  const Plan plan = plan_layer({mode, T, B, I, H, R, directions, rows, sizeof(F), lanes, false}, team_size());
+  const int64_t element = narrow ? 2 : sizeof(F);
+  const Plan plan = plan_layer({mode, T, B, I, H, R, directions, rows, element, lanes, false}, team_size());
   const RowOrder order(lengths, T, B, plan.groups);
   const int64_t group_rows = (B + plan.groups - 1) / plan.groups;
 
@@ -98,10 +101,11 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
   };
   const auto scratch = [&](int members) {
     const int64_t chunk_rows = chunk_of(members) * group_rows;
-    return ScratchSize{gates_x(members) + (stored == Stored::kFull ? 0 : chunk_rows * I), chunk_rows + 2 * group_rows};
+    const int64_t copies = narrow ? (chunk_rows * padded_row(I) + group_rows * padded_row(R)) / 2 : chunk_rows * I;
+    return ScratchSize{gates_x(members) + (stored == Stored::kFull ? 0 : copies), chunk_rows + 2 * group_rows};
   };
   run_layer<F>(plan, directions, to_pack, scratch, [&](int k, int group, int index, int members, Barrier* barrier, F* numbers,
-                                                       const F** pointers) {
+                                                       const void** pointers) {
     const ForwardWeights<F>& w = weights[k];
     const auto share = [&](int64_t n, int m) { return n * m / members; };
     const int64_t projections = w.hr ? w.hr->blocks : 0;
@@ -115,15 +119,17 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
     const ForwardScan<F> scan{mode, stored, T, B, I, H, R, order.group(group, reverses[k]), barrier,
                               x.const_data_ptr(), x.stride(0), x.stride(1), w.ih.packing, w.hh.packing,
                               w.ih.packing.panel, w.ih.data(), w.hh.data(), part(w.scale_ih, 0), part(w.scale_hh, 0), part(w.bias, 0),
-                              part(w.bias_q, 0), w.hr ? static_cast<const F*>(w.hr->data()) : nullptr, part(h0_full, B * R),
+                              part(w.bias_q, 0), w.hr ? static_cast<const F*>(w.hr->data()) : nullptr, bytes(h0_rows, k * B * R),
                               part(h, 2 * B * R), part(h_raw, B * H), part(c, B * H), stored_part(y, R), K * R,
                               stored_part(gates, T * B * columns * H), part(cells, T * B * H), chunk_of(members), calls,
-                              {flags(resets), part(h_reset, B * R), part(c_reset, B * H)}};
+                              {flags(resets), h_reset.defined() ? bytes(h_reset, k * B * R) : nullptr, part(c_reset, B * H)}};
+    if constexpr (std::is_same_v<F, float>)
+      if (narrow) return kernel_table().bfloat16->forward_scan(scan, member);
     kernels<F>().forward_scan(scan, member);
   });
 
-  const Tensor h0_rows = h0.contiguous(), h_n = at::empty_like(h0_rows);
-  finish_rows<F>(order, reverses, y, h0_rows, h_n, gates, cells, c0_full, c);
+  const Tensor h_n = at::empty_like(h0_given);
+  finish_rows<F>(order, reverses, y, h0_given, h_n, gates, cells, c0_full, c);
   return {y, h_n, lstm ? c.to(x.scalar_type()) : c, gates, cells};
 }
 
@@ -139,7 +145,8 @@ Outputs recurrent_layer_forward(const Tensor& x, const Tensor& h0, const Optiona
   return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     using F = decltype(zero);
     auto packed = forward_weights<F>(weights, has_biases, h0.size(0), mode, weights[0].size(0) / weight_gates(mode));
-    if (keeps_bfloat16(weights[0].scalar_type(), mean_rows(lengths, x.size(0), x.size(1))))
+    const auto dtype = weights[0].scalar_type();
+    if (multiplies_bfloat16(dtype, packed[0].hr.has_value()) || keeps_bfloat16(dtype, mean_rows(lengths, x.size(0), x.size(1))))
       for (auto& w : packed) w.ih.packing.panel = w.hh.packing.panel = Panel::kBFloat16;
     const auto [y, h_n, c_n, gates, cells] = forward<F>(x, h0, c0, packed, lengths, contiguous(resets), reset_to_initial,
                                                               parse_direction(direction), mode, save);
@@ -149,7 +156,8 @@ Outputs recurrent_layer_forward(const Tensor& x, const Tensor& h0, const Optiona
 }
 
 // The weights of a stack, packed once for all calls of prepared_forward: kPrepared tensors for each
-// direction of each layer. precision: float (as the weights are, but 16 bits as fp32), bfloat16 or int8.
+// direction of each layer. precision: float (as the weights are, but 16 bits as fp32 where products take that), bfloat16
+// or int8.
 std::vector<Tensor> prepare_weights(at::TensorList weights, bool has_biases, int64_t layers, bool bidirectional,
                                     std::string_view mode_name, std::string_view precision) {
   adapt_to_fork();
@@ -161,12 +169,15 @@ std::vector<Tensor> prepare_weights(at::TensorList weights, bool has_biases, int
   const int64_t K = bidirectional ? 2 : 1, H = weights[0].size(0) / weight_gates(mode), each = weights.size() / layers;
   TORCH_CHECK(panel == Panel::kFull || weights[0].scalar_type() != at::kDouble, "precision: expected float for float64 weights, got ",
               precision);
+  const auto held = [&](bool projected) {
+    return panel == Panel::kFull && multiplies_bfloat16(weights[0].scalar_type(), projected) ? Panel::kBFloat16 : panel;
+  };
   return dispatch_accumulation(weights[0].scalar_type(), [&](auto zero) {
     using F = decltype(zero);
     std::vector<Tensor> prepared;
     for (int64_t layer = 0; layer < layers; ++layer)
       for (auto& w : forward_weights<F>(weights.slice(layer * each, each), has_biases, K, mode, H))
-        for (Tensor& t : prepare<F>(std::move(w), panel, mode, H)) prepared.push_back(std::move(t));
+        for (Tensor& t : prepare<F>(std::move(w), held(w.hr.has_value()), mode, H)) prepared.push_back(std::move(t));
     return prepared;
   });
 }

@@ -75,4 +75,10 @@ RNNATTN_INLINE DoubleVec store_as(Stored, void* base, int64_t index, DoubleVec v
   return v;
 }
 
+// Rows that products take: of F, or of bfloat16.
+template <typename F> RNNATTN_INLINE Vec<F> load_row(const F* p, int64_t n) { return load(p, n); }
+template <typename F> RNNATTN_INLINE void store_row(F* p, Vec<F> v, int64_t n) { store<F>(p, v, n); }
+RNNATTN_INLINE FloatVec load_row(const uint16_t* p, int64_t n) { return load_stored<float>(Stored::kBFloat16, p, 0, n); }
+RNNATTN_INLINE void store_row(uint16_t* p, FloatVec v, int64_t n) { store_as(Stored::kBFloat16, p, 0, v, n); }
+
 }  // namespace

@@ -196,7 +196,7 @@ class PreparedRecurrent(_Prepared):
     It is called as the module is, and returns what the module returns in evaluation mode, up to the
     rounding of the matrices to `precision`:
 
-        float      as they are (16-bit ones as fp32)
+        float      as they are (16-bit ones as fp32, but bf16 where the processor multiplies it)
         bfloat16   w (1 + e), |e| <= 2^-8; half the memory of fp32
         int8       w + e, |e| <= max |row| / 254: a scale for each row of w_ih and w_hh; a quarter
 

@@ -69,7 +69,8 @@ struct Backward {
   std::vector<double> d_gates, dh_out, dh, dc, dh_reset, dc_reset;  // shapes of Layer's
 };
 
-// From the layer's own y, gates and cells, so that the scan's arithmetic alone makes a difference.
+// From the layer's own y, gates and cells, so that the scan's arithmetic alone makes a difference. Gradients of the gates
+// that are stored in bfloat16 are what the step before takes.
 template <typename F>
 Backward backward_equations(const Layer<F>& p) {
   const Shape& s = p.s;
@@ -105,6 +106,7 @@ Backward backward_equations(const Layer<F>& p) {
           d[u] = s.mode == Mode::kTanh ? du * (1 - h * h) : h > 0 ? du : 0;
         }
       }
+      for (int64_t k = 0; s.narrow() && k < C * H; ++k) d[k] = rounded(s.stored, d[k]);
       for (int64_t k = 0; k < R; ++k) {
         dh_row[k] = carried[k];
         for (int64_t row = 0; row < G * H; ++row) dh_row[k] += p.w_hh[row * R + k] * d[first + row];

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <random>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "../../csrc/cpu/barrier.h"
@@ -27,6 +28,10 @@ struct Shape {
   bool resets = false, to_initial = false;
 
   bool projected() const { return R != H; }
+  // Whether products take bfloat16 as it is stored.
+  bool narrow() const {
+    return kernel_table().bfloat16 && stored == Stored::kBFloat16 && panel == Panel::kBFloat16 && !projected();
+  }
   int64_t gates() const { return weight_gates(mode); }
   int64_t columns() const { return gate_columns(mode); }
 };
@@ -60,13 +65,14 @@ struct Layer {
   std::vector<F> h_reset, c_reset;                    // as h0 and c0
   Numbers<F> x, dy;                                   // [T, B, I], [T, B, R]
   Numbers<F> y, gates;                                // outputs, NaN before: [T, B, R], [T, B, columns * H]
-  std::vector<F> cells, c_n, d_gates, d_bias, dh_out, dh, dc, dh_reset, dc_reset;  // d_bias [groups, columns * H]
+  Numbers<F> d_gates;
+  std::vector<F> cells, c_n, d_bias, dh_out, dh, dc, dh_reset, dc_reset;  // d_bias [groups, columns * H]
   std::vector<int64_t> order, offset;                 // rows, longest first; slot of the first row at step t
   int64_t slots = 0;
 
   Layer(const Shape& shape, unsigned seed)
       : s(shape), x(s.stored, s.T * s.B * s.I), dy(s.stored, s.T * s.B * s.R), y(s.stored, s.T * s.B * s.R),
-        gates(s.stored, s.T * s.B * s.columns() * s.H) {
+        gates(s.stored, s.T * s.B * s.columns() * s.H), d_gates(s.stored, 0) {
     std::mt19937 random(seed);
     const auto uniform = [&](double bound) { return std::ldexp(static_cast<double>(random()), -31) * bound - bound; };
     const auto draw = [&](std::vector<F>& to, int64_t n, double bound) {
@@ -115,25 +121,35 @@ struct Layer {
     const std::vector<F> scale(s.panel == Panel::kInt8 ? blocks_of(s.H, vectors) * block : 0, kScale);
     const Panels bias = pack({sums.data(), 0, 1, 1, s.H, s.gates(), vectors});
     const bool lstm = s.mode == Mode::kLstm;
-    std::vector<F> h(s.stored == Stored::kFull ? 0 : 2 * s.B * s.R, NAN), h_raw(s.projected() ? s.B * s.H : 0, NAN);
+    const auto as_rows = [&](const std::vector<F>& states) {
+      Numbers<F> rows(s.narrow() ? s.stored : Stored::kFull, states.size());
+      for (size_t i = 0; i < states.size(); ++i) rows.set(i, states[i]);
+      return rows;
+    };
+    Numbers<F> h0_rows = as_rows(h0), h_reset_rows = as_rows(h_reset);
+    std::vector<F> h(s.stored == Stored::kFull || s.narrow() ? 0 : 2 * s.B * s.R, NAN), h_raw(s.projected() ? s.B * s.H : 0, NAN);
     cells.assign(lstm ? s.T * s.B * s.H : 0, NAN), c_n = c0;
     const int64_t blocks = blocks_of(s.H, vectors), blocks_hr = s.projected() ? blocks_of(s.R, kernels<F>().wide_vectors) : 0;
     run([&](const Rows& rows, int index, Barrier* barrier) {
       const int64_t first = share(blocks, index), last = share(blocks, index + 1), chunk_rows = s.chunk * rows.n;
-      std::vector<F> gates_x((s.chunk > 1 ? last - first : 1) * chunk_rows * block, NAN), wide(s.stored == Stored::kFull ? 0 : chunk_rows * s.I, NAN);
-      std::vector<const F*> pointers(chunk_rows + 2 * rows.n);
+      std::vector<F> gates_x((s.chunk > 1 ? last - first : 1) * chunk_rows * block, NAN), wide(s.stored == Stored::kFull || s.narrow() ? 0 : chunk_rows * s.I, NAN);
+      std::vector<uint16_t> narrow(s.narrow() ? chunk_rows * padded_row(s.I) + rows.n * padded_row(s.R) : 0, 0xffff);
+      std::vector<const void*> pointers(chunk_rows + 2 * rows.n);
       const Member<F> member{.index = index, .first = first, .last = last, .first_projected = share(blocks_hr, index),
-                             .last_projected = share(blocks_hr, index + 1), .gates_x = gates_x.data(), .x = wide.data(),
+                             .last_projected = share(blocks_hr, index + 1), .gates_x = gates_x.data(),
+                             .copies = s.narrow() ? static_cast<void*>(narrow.data()) : wide.data(),
                              .pointers = pointers.data()};
       const ForwardScan<F> scan{
           .mode = s.mode, .stored = s.stored, .T = s.T, .B = s.B, .I = s.I, .H = s.H, .R = s.R, .rows = rows, .barrier = barrier,
           .x = const_cast<Numbers<F>&>(x).data(), .x_step = s.B * s.I, .x_row = s.I, .unpacked_ih = ih, .unpacked_hh = hh,
           .panel = s.panel, .w_ih = s.packed ? panels_ih.data() : nullptr, .w_hh = s.packed ? panels_hh.data() : nullptr,
           .scale_ih = scale.empty() ? nullptr : scale.data(), .scale_hh = scale.empty() ? nullptr : scale.data(), .bias = s.biased ? bias.floats() : nullptr, .bias_q = s.biased && s.mode == Mode::kGru ? b_hh.data() + 2 * s.H : nullptr,
-          .w_hr = s.projected() ? panels_hr.floats() : nullptr, .h0 = h0.data(), .h = h.empty() ? nullptr : h.data(),
+          .w_hr = s.projected() ? panels_hr.floats() : nullptr, .h0 = h0_rows.data(), .h = h.empty() ? nullptr : h.data(),
           .h_raw = h_raw.empty() ? nullptr : h_raw.data(), .c = lstm ? c_n.data() : nullptr, .y = y.data(), .y_row = s.R,
           .gates = s.columns() > 1 ? gates.data() : nullptr, .cells = lstm ? cells.data() : nullptr, .chunk = s.chunk,
-          .resets = {resets.get(), h_reset.data(), c_reset.data()}};
+          .resets = {resets.get(), h_reset_rows.data(), c_reset.data()}};
+      if constexpr (std::is_same_v<F, float>)
+        if (s.narrow()) return kernel_table().bfloat16->forward_scan(scan, member);
       kernels<F>().forward_scan(scan, member);
     });
   }
@@ -145,14 +161,16 @@ struct Layer {
     const Panel panel = s.panel == Panel::kInt8 ? Panel::kFull : s.panel;  // int8 is for the forward alone
     const Panels panels_hh = pack({w_hh.data(), s.R, 1, s.gates() * s.H, s.R, 1, wide, panel});
     const Panels panels_hr = pack({w_hr.data(), s.H, 1, s.R, s.H, 1, wide});
-    d_gates.assign(slots * s.columns() * s.H, NAN), d_bias.assign(s.groups * s.columns() * s.H, 0), dh_out.assign(s.projected() ? slots * s.R : 0, NAN);
+    d_gates = Numbers<F>(s.narrow() ? s.stored : Stored::kFull, slots * s.columns() * s.H), d_bias.assign(s.groups * s.columns() * s.H, 0);
+    dh_out.assign(s.projected() ? slots * s.R : 0, NAN);
     dh = dh_n, dc = dc_n, dh_reset.assign(dh.size(), 0), dc_reset.assign(dc.size(), 0);
     const int64_t blocks = blocks_of(s.H, wide), blocks_hr = s.projected() ? blocks_of(s.R, wide) : 0;
     run([&](const Rows& rows, int index, Barrier* barrier) {
-      std::vector<const F*> pointers(2 * rows.n);
+      std::vector<const void*> pointers(2 * rows.n);
+      std::vector<uint16_t> narrow(s.narrow() ? rows.n * padded_row(s.gates() * s.H) : 0, 0xffff);
       const Member<F> member{.index = index, .first = share(blocks, index), .last = share(blocks, index + 1),
                              .first_projected = share(blocks_hr, index), .last_projected = share(blocks_hr, index + 1),
-                             .gates_x = nullptr, .x = nullptr, .pointers = pointers.data()};
+                             .gates_x = nullptr, .copies = narrow.data(), .pointers = pointers.data()};
       const BackwardScan<F> scan{
           .mode = s.mode, .stored = s.stored, .T = s.T, .B = s.B, .H = s.H, .R = s.R, .rows = rows, .barrier = barrier,
           .panel = panel, .w_hh = panels_hh.data(), .w_hr = s.projected() ? panels_hr.floats() : nullptr, .dy = dy.data(), .dy_step = s.B * s.R,
@@ -161,6 +179,8 @@ struct Layer {
           .d_bias = rows.n ? d_bias.data() + rows.place[0] * s.columns() * s.H : nullptr,
           .dh_out = s.projected() ? dh_out.data() : nullptr, .resets = {resets.get(), h_reset.data(), c_reset.data()},
           .dh_reset = s.to_initial ? dh_reset.data() : nullptr, .dc_reset = s.to_initial && lstm ? dc_reset.data() : nullptr};
+      if constexpr (std::is_same_v<F, float>)
+        if (s.narrow()) return kernel_table().bfloat16->backward_scan(scan, member);
       kernels<F>().backward_scan(scan, member);
     });
   }
@@ -185,10 +205,10 @@ struct Layer {
   };
 
   static Panels pack(const Packing<F>& packing) {
-    const int64_t group = packing.panel == Panel::kFull ? 1 : packing.panel == Panel::kBFloat16 ? 2 : 4;
     const int64_t blocks = packing.w ? blocks_of(packing.width, packing.units) : 0;
-    const int64_t size = blocks * ((packing.K + group - 1) / group) * packing.gates * packing.units * kernels<F>().lanes;
-    Panels out{packing.panel, std::vector<F>(group == 1 ? size : 0, NAN), std::vector<int32_t>(group == 1 ? 0 : size, -1)};
+    const bool full = packing.panel == Panel::kFull;
+    const int64_t size = blocks * panel_depth(packing.panel, packing.K) * packing.gates * packing.units * kernels<F>().lanes;
+    Panels out{packing.panel, std::vector<F>(full ? size : 0, NAN), std::vector<int32_t>(full ? 0 : size, -1)};
     for (int64_t block = 0; block < blocks; ++block) kernels<F>().pack_panel(packing, block, const_cast<void*>(out.data()));
     return out;
   }
