@@ -16,7 +16,6 @@ from benchmarks.cases import DTYPES, RecurrentCase, ragged_lengths
 from benchmarks.measure import Experiment, Peer
 from benchmarks.results import ONEDNN_OFF
 from benchmarks.timing import Context
-from rnnattn import backends
 
 MODULES: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 without_onednn: Context = functools.partial(
@@ -98,10 +97,13 @@ def torch_kernel(ours: Callable[[], object]) -> str:
 
 
 def _prepared(case: RecurrentCase, ours: nn.RNNBase, x: Tensor, **settings: Tensor) -> Callable[[], Tensor] | None:
-    if case.dtype != "fp32" or x.is_cuda or backends.unavailable("cpp"):
-        return None  # in fp32 there are peers that pack their weights beforehand as well
-    prepare = functools.cache(ours.prepare_inference)
-    return lambda: prepare()(x, **settings)[0]
+    if case.dtype != "fp32" or x.is_cuda:  # the peers that pack their weights beforehand are there in fp32
+        return None
+    try:
+        prepared = ours.eval().prepare_inference()
+    except rnnattn.BackendError:
+        return None
+    return lambda: prepared(x, **settings)[0]
 
 
 def _runtimes(case: RecurrentCase, module: nn.RNNBase, x: Tensor, lengths: Tensor | None) -> list[Peer]:

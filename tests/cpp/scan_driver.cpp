@@ -113,7 +113,7 @@ void check_bfloat16() {
         for (int64_t chunk : {1, 3}) {
           const int64_t inputs[] = {0, 9, 32, 33}, I = inputs[++n / 2 % 4];
           check<float>({mode, Stored::kBFloat16, 5, B, I, H, H, n % 4 != 0, n % 3 == 0, n % 5 == 0, n % 7 != 0,
-                        1 + n / 3 % 2, 1 + n / 5 % 2, chunk, Panel::kBFloat16}, "");
+                        1 + n / 3 % 2, 1 + n / 5 % 2, chunk, Panel::kBFloat16, n / 2 % 3 != 0, n / 2 % 3 == 2}, "");
         }
 }
 
