@@ -87,12 +87,13 @@ struct Member {
 // A matrix to be packed as panels, [block][panel_depth(K)][vectors of a block][lanes], zero beyond the matrix.
 template <typename F>
 struct Packing {
-  const F* w;           // element (k, column) at w[k * k_stride + column * column_stride]
+  const void* w;        // element (k, column) at k * k_stride + column * column_stride
   int64_t k_stride, column_stride;
   int64_t K, width;     // width: units, or columns
   int64_t gates;        // column of a unit's gate g: g * width + unit
   int64_t units;        // vectors of units in a block, each with its gates
   Panel panel = Panel::kFull;  // how the panels hold it; int8: w has whole numbers from -127 to 127
+  Stored stored = Stored::kFull;  // how w does
 };
 
 template <typename F>

@@ -22,8 +22,8 @@ struct ForwardWeights {  // of one direction
 };
 
 template <typename F>
-Packing<F> gate_packing(const F* w, int64_t K, Mode mode, int64_t H) {
-  return {w, 1, K, K, H, weight_gates(mode), unit_vectors(mode)};
+Packing<F> gate_packing(const void* w, Stored stored, int64_t K, Mode mode, int64_t H) {
+  return {w, 1, K, K, H, weight_gates(mode), unit_vectors(mode), Panel::kFull, stored};
 }
 
 // A vector [G H] in the order of the panels' columns.
@@ -38,9 +38,9 @@ Tensor packed_vector(const Tensor& v, Mode mode, int64_t H) {
 template <typename F>
 std::vector<ForwardWeights<F>> forward_weights(at::TensorList weights, bool has_biases, int64_t K, Mode mode, int64_t H) {
   std::vector<ForwardWeights<F>> all;
-  for (DirectionWeights& w : split_weights(weights, has_biases, K, c10::CppTypeToScalarType<F>::value)) {
+  for (DirectionWeights& w : split_weights(weights, has_biases, K, c10::CppTypeToScalarType<F>::value, weights[0].scalar_type())) {
     const auto matrix = [&](const Tensor& m) {
-      return PackedMatrix<F>(gate_packing(m.const_data_ptr<F>(), m.size(1), mode, H));
+      return PackedMatrix<F>(gate_packing<F>(m.const_data_ptr(), stored_as(m.scalar_type()), m.size(1), mode, H));
     };
     ForwardWeights<F> part{matrix(w.w_ih), matrix(w.w_hh), {}, {}, {}, {}, {}, w};
     if (w.w_hr.defined()) part.hr = packed_columns<F>(w.w_hr, true);
@@ -67,11 +67,12 @@ std::vector<Tensor> prepare(ForwardWeights<F> w, Panel panel, Mode mode, int64_t
   for (PackedMatrix<F>* matrix : {&w.ih, &w.hh}) {
     Tensor values = matrix == &w.ih ? w.given.w_ih : w.given.w_hh, scale = none;
     if (panel == Panel::kInt8) {  // to the nearest of 255 values between -max and max of the row
+      values = values.to(none.scalar_type());
       const Tensor largest = values.abs().amax(1).clamp_min(1e-30) / 127;
       values = (values / largest.unsqueeze(1)).round().contiguous();
       scale = packed_vector<F>(largest, mode, H);
     }
-    matrix->packing.w = values.template const_data_ptr<F>();
+    matrix->packing.w = values.const_data_ptr(), matrix->packing.stored = stored_as(values.scalar_type());
     matrix->packing.panel = panel;
     matrix->allocate();
     matrix->pack(0, 1);
@@ -95,8 +96,8 @@ ForwardWeights<F> restore(at::TensorList prepared, Mode mode, int64_t I, int64_t
     m.panels = panels;
     return m;
   };
-  ForwardWeights<F> w{matrix(prepared[0], gate_packing<F>(nullptr, I, mode, H)),
-                      matrix(prepared[1], gate_packing<F>(nullptr, R, mode, H)),
+  ForwardWeights<F> w{matrix(prepared[0], gate_packing<F>(nullptr, Stored::kFull, I, mode, H)),
+                      matrix(prepared[1], gate_packing<F>(nullptr, Stored::kFull, R, mode, H)),
                       {}, or_undefined(3), or_undefined(4), or_undefined(5), or_undefined(6), {}};
   if (prepared[2].numel()) w.hr = matrix(prepared[2], {nullptr, 1, H, H, R, 1, kernels<F>().wide_vectors});
   return w;

@@ -39,18 +39,19 @@ inline Stored stored_as(at::ScalarType dtype) {
   return dtype == at::kBFloat16 ? Stored::kBFloat16 : dtype == at::kHalf ? Stored::kHalf : Stored::kFull;
 }
 
-struct DirectionWeights {  // contiguous
+struct DirectionWeights {  // contiguous; the matrices may be of another dtype than the rest
   Tensor w_ih, w_hh;       // [G H, I], [G H, R]
   Tensor b_ih, b_hh;       // [G H], or undefined
   Tensor w_hr;             // [R, H], or undefined
 };
 
-inline std::vector<DirectionWeights> split_weights(at::TensorList weights, bool has_biases, size_t directions, at::ScalarType dtype) {
+inline std::vector<DirectionWeights> split_weights(at::TensorList weights, bool has_biases, size_t directions, at::ScalarType dtype,
+                                                   at::ScalarType matrices) {
   const size_t each = weights.size() / directions;
   std::vector<DirectionWeights> parts;
   for (size_t k = 0; k < directions; ++k) {
     const auto w = weights.slice(k * each, each);
-    const auto as_type = [&](size_t n) { return w[n].to(dtype).contiguous(); };
+    const auto as_type = [&](size_t n) { return w[n].to(n < 2 ? matrices : dtype).contiguous(); };
     DirectionWeights part{as_type(0), as_type(1), {}, {}, {}};
     if (has_biases) part.b_ih = as_type(2), part.b_hh = as_type(3);
     if (each == (has_biases ? 5 : 3)) part.w_hr = as_type(each - 1);
@@ -108,7 +109,8 @@ inline bool keeps_bfloat16(at::ScalarType dtype, double rows) { return dtype == 
 template <typename F>
 PackedMatrix<F> packed_columns(const Tensor& w, bool transposed) {
   const int64_t K = w.size(transposed), width = w.size(!transposed), row = w.size(1);
-  return PackedMatrix<F>({w.const_data_ptr<F>(), transposed ? 1 : row, transposed ? row : 1, K, width, 1, kernels<F>().wide_vectors});
+  return PackedMatrix<F>({w.const_data_ptr(), transposed ? 1 : row, transposed ? row : 1, K, width, 1, kernels<F>().wide_vectors,
+                          Panel::kFull, stored_as(w.scalar_type())});
 }
 
 // Memory of one thread: numbers and pointers.

@@ -59,16 +59,17 @@ template <typename W, typename F>
 void pack_panel_as(const Packing<F>& p, int64_t block, typename W::Word* panel) {
   constexpr int64_t L = kLanes<F>;
   const int64_t V = p.gates * p.units;
+  const auto weights = [&](int64_t index, int64_t n) { return load_stored<F>(p.stored, p.w, index, n); };
   for (int64_t v = 0; v < V; ++v) {
     const int64_t unit = (block * p.units + v / p.gates) * L, n = lanes_left<F>(p.width, unit);
-    const F* w = p.w + (v % p.gates * p.width + unit) * p.column_stride;
+    const int64_t first = (v % p.gates * p.width + unit) * p.column_stride;
     for (int64_t k = 0; k < p.K; k += L) {
       const int64_t depth = lanes_left<F>(p.K, k);
       Vec<F> rows[L];
       if (p.column_stride == 1) {
-        for (int64_t j = 0; j < depth; ++j) rows[j] = n ? load(w + (k + j) * p.k_stride, n) : Vec<F>{};
+        for (int64_t j = 0; j < depth; ++j) rows[j] = n ? weights(first + (k + j) * p.k_stride, n) : Vec<F>{};
       } else {
-        for (int64_t l = 0; l < L; ++l) rows[l] = l < n ? load(w + l * p.column_stride + k, depth) : Vec<F>{};
+        for (int64_t l = 0; l < L; ++l) rows[l] = l < n ? weights(first + l * p.column_stride + k, depth) : Vec<F>{};
         transpose<F>(rows);
       }
       store_weights<W, F>(rows, depth, k, v, V, panel);
@@ -93,36 +94,46 @@ void pack_panel(const Packing<F>& p, int64_t block, void* panels) {
   pack_as(Full<F>{});
 }
 
-// The sum over k of a[k] w[k], in four parts that do not wait for one another.
-template <typename F, typename Row>
-inline Vec<F> dot(const Row* a, const F* w, int64_t K) {
+// The sum over k of a[k] w[k], w from an index on, in four parts that do not wait for one another.
+template <Stored S, typename F, typename Row>
+inline Vec<F> dot(const Row* a, const void* w, int64_t index, int64_t K) {
   constexpr int64_t L = kLanes<F>;
   Vec<F> sums[4] = {};
   int64_t k = 0;
   for (; k + 4 * L <= K; k += 4 * L)
-    RNNATTN_UNROLL for (int64_t j = 0; j < 4; ++j) sums[j] += load_row(a + k + j * L, L) * load(w + k + j * L);
-  for_lanes<F>(k, K, [&](int64_t at, int64_t n) { sums[0] += load_row(a + at, n) * load(w + at, n); });
+    RNNATTN_UNROLL for (int64_t j = 0; j < 4; ++j)
+      sums[j] += load_row(a + k + j * L, L) * load_stored<F>(S, w, index + k + j * L, L);
+  for_lanes<F>(k, K, [&](int64_t at, int64_t n) { sums[0] += load_row(a + at, n) * load_stored<F>(S, w, index + at, n); });
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// out[i] = init + a[i] w for n rows, w [gates * width, K] as torch holds it, out [rows][vectors][lanes]
-// as a product with a panel gives it. One row of w after the other, as they lie in memory.
-template <typename F, typename Row>
-void multiply_unpacked(const Packing<F>& p, int64_t block, const Row* const* rows, int64_t n, const F* init, F* out) {
+template <Stored S, typename F, typename Row>
+void multiply_unpacked_from(const Packing<F>& p, int64_t block, const Row* const* rows, int64_t n, const F* init, F* out) {
   constexpr int64_t L = kLanes<F>;
   const int64_t V = p.gates * p.units;
   for (int64_t v = 0; v < V; ++v) {
     const int64_t unit = (block * p.units + v / p.gates) * L, units = lanes_left<F>(p.width, unit);
-    const F* w = p.w + (v % p.gates * p.width + unit) * p.column_stride;
+    const int64_t first = (v % p.gates * p.width + unit) * p.column_stride;
     for (int64_t i = 0; i < n; ++i) {
       Vec<F> sums[L] = {};
-      for (int64_t l = 0; l < units; ++l) sums[l] = dot(rows[i], w + l * p.column_stride, p.K);
+      for (int64_t l = 0; l < units; ++l) sums[l] = dot<S, F>(rows[i], p.w, first + l * p.column_stride, p.K);
       transpose<F>(sums);
       Vec<F> sum = init ? load(init + v * L) : Vec<F>{};
       for (int64_t l = 0; l < L; ++l) sum += sums[l];
       store<F>(out + (i * V + v) * L, sum);
     }
   }
+}
+
+// out[i] = init + a[i] w for n rows, w [gates * width, K] as torch holds it, out [rows][vectors][lanes]
+// as a product with a panel gives it. One row of w after the other, as they lie in memory.
+template <typename F, typename Row>
+void multiply_unpacked(const Packing<F>& p, int64_t block, const Row* const* rows, int64_t n, const F* init, F* out) {
+  if constexpr (sizeof(F) == sizeof(float)) {
+    if (p.stored == Stored::kBFloat16) return multiply_unpacked_from<Stored::kBFloat16>(p, block, rows, n, init, out);
+    if (p.stored == Stored::kHalf) return multiply_unpacked_from<Stored::kHalf>(p, block, rows, n, init, out);
+  }
+  multiply_unpacked_from<Stored::kFull>(p, block, rows, n, init, out);
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
 
   const bool projected = weights.size() / K == (has_biases ? 5 : 3), narrow = multiplies_bfloat16(dtype, projected);
   const auto operand = narrow ? dtype : acc;  // of the gates' gradients, and of all that GEMMs multiply them with
-  const auto parts = split_weights(weights, has_biases, K, operand);
+  const auto parts = split_weights(weights, has_biases, K, operand, operand);
   const auto start = [&](const OptionalTensor& given, int64_t width) {
     return given ? given->to(acc, false, true, at::MemoryFormat::Contiguous) : at::zeros({K, B, width}, full);
   };
@@ -46,11 +46,9 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   OptionalTensor dy = dy_given;
   if (dy && dy->stride(2) != 1) dy = dy->contiguous();
 
-  std::vector<Tensor> hidden;             // w_hh as F
   std::vector<PackedMatrix<F>> matrices;  // per direction: w_hh, (w_hr)
   for (const auto& w : parts) {
-    hidden.push_back(w.w_hh.to(acc));
-    matrices.push_back(packed_columns<F>(hidden.back(), false));
+    matrices.push_back(packed_columns<F>(w.w_hh, false));
     if (narrow || keeps_bfloat16(dtype, mean_rows(lengths, T, B))) matrices.back().packing.panel = Panel::kBFloat16;
     if (projected) matrices.push_back(packed_columns<F>(w.w_hr, false));
   }

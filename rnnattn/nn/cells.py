@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from rnnattn import functional
+from rnnattn import autograd, functional
+from rnnattn.nn.signature import signature_of
+from rnnattn.stack import takes_cpp, wants_grad
 
 if TYPE_CHECKING:
     from rnnattn.nn.prepared import PreparedCell
@@ -20,6 +22,7 @@ class _Cell(nn.RNNCellBase):
 
     _names: tuple[str, ...] = ("hidden",)  # of the states
     _kind: str  # as messages call the cell
+    _passed: Any = None  # the mode and signature of a call that has passed all checks, see _like_before
 
     @property
     def _mode(self) -> str:
@@ -47,6 +50,31 @@ class _Cell(nn.RNNCellBase):
 
     def _run(self, input: Tensor, hx: Any) -> States:
         """The states after the step, shaped as the given ones; hx as `forward` takes it."""
+        own = self._parameters  # a parametrized weight is not among them, and makes no signature
+        weights = [own.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]]
+        states = (hx,) if len(self._names) == 1 and hx is not None else hx
+        signature = signature_of(input, states, weights, 2)
+        if signature is not None and (self._mode, signature) == self._passed:
+            return self._like_before(input, states, weights)  # type: ignore[arg-type]
+        results = self._run_checked(input, hx)
+        if signature is not None:
+            grad = wants_grad(input, *(states or ()), *weights)
+            self._passed = (
+                (self._mode, signature) if takes_cpp(self._mode, input[None], self.hidden_size, grad) else None
+            )
+        return results
+
+    def _like_before(self, x: Tensor, states: States | None, weights: list[Tensor]) -> States:
+        """A step that is like one before but for its numbers, and runs on the C++ kernels."""
+        if states is None:
+            states = (x.new_zeros(x.shape[0], self.hidden_size),) * len(self._names)
+        h0, *c0 = [state.unsqueeze(0) for state in states]
+        _, h, c = autograd.recurrent_layer(
+            x.unsqueeze(0), h0, c0[0] if c0 else None, weights, None, None, False, self.bias, "forward", self._mode, "cpp"
+        )
+        return (h.squeeze(0),) if c is None else (h.squeeze(0), c.squeeze(0))
+
+    def _run_checked(self, input: Tensor, hx: Any) -> States:
         states: States | None
         if len(self._names) == 1:
             states = None if hx is None else (hx,)

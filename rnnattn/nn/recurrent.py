@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from rnnattn import autograd, backends
-from rnnattn.autograd.eager import is_eager
+from rnnattn import autograd
 from rnnattn.checks import checked_resets
 from rnnattn.functional import NONLINEARITIES
+from rnnattn.nn.signature import signature_of
 from rnnattn.stack import run_stack, takes_cpp, wants_grad
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class _Recurrent(nn.RNNBase):
         self._update_flat_weights()
         signature = None
         if lengths is None and resets is None and self.num_layers == 1:
-            signature = _signature(input, hx, self._flat_weights)
+            signature = signature_of(input, hx, self._flat_weights, 3)
             if signature is not None and signature == self._passed:
                 return self._like_before(input, hx)
         results = self._run_checked(input, hx, lengths, resets, reset_to_initial)
@@ -182,20 +181,6 @@ class _Recurrent(nn.RNNBase):
         if len(self._names) == 1:
             return (h0,)
         return h0, h0 if not self.proj_size else input.new_zeros(layers, B, self.hidden_size)
-
-
-def _signature(input: Any, hx: Any, weights: Any) -> Any:
-    """What the checks of a call and the choice of its backend depend on; None where that is more than tensors tell."""
-    states = () if hx is None else hx
-    if type(states) is not tuple or type(input) is not Tensor or not input.is_cpu or input.dim() != 3:
-        return None
-    if not is_eager(input) or torch.is_autocast_enabled("cpu") or backends.is_recording():
-        return None
-    tensors = (input, *states, *weights)
-    if not all(isinstance(t, Tensor) for t in tensors):
-        return None
-    grad = torch.is_grad_enabled()
-    return backends.selected(), len(states), [(t.shape, t.dtype, t.device, grad and t.requires_grad) for t in tensors]
 
 
 class LSTM(_Recurrent):
