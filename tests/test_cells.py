@@ -103,6 +103,40 @@ def test_a_cell_is_one_step_of_the_layer(name: str) -> None:
     close([s[None] for s in each(state)], each(finals))
 
 
+@cells
+def test_a_call_like_the_last_one_is_right_and_others_are_checked(name: str) -> None:
+    theirs, ours = twins(name)
+    x, state = (
+        torch.randn(3, I, dtype=F64),
+        tuple(torch.randn(3, H, dtype=F64) for _ in range(2 if name == "lstm" else 1)),
+    )
+    hx = state if name == "lstm" else state[0]
+    for _ in range(3):
+        close(ours(x, hx), theirs(x, hx))
+    with torch.no_grad():
+        for cell in (theirs, ours):
+            cell.weight_hh.mul_(0.5)
+    close(ours(x, hx), theirs(x, hx))
+    close(ours(x), theirs(x))
+    close(ours(x[:2]), theirs(x[:2]))
+    close(ours(x[0]), theirs(x[0]))
+    for wrong in (x[:, 1:], x[None]):
+        with pytest.raises((RuntimeError, ValueError)):
+            ours(wrong, hx)
+    with pytest.raises((RuntimeError, ValueError)):
+        ours(x[:2], hx)
+    with pytest.raises((RuntimeError, ValueError)):
+        ours(x.float(), hx)
+    with torch.no_grad():
+        close(ours(x, hx), theirs(x, hx))
+    (dx,) = torch.autograd.grad(each(ours(x.requires_grad_(), hx))[0].sum(), x)
+    (want,) = torch.autograd.grad(each(theirs(x, hx))[0].sum(), x)
+    close(dx, want)
+    if name == "relu":
+        ours.nonlinearity = theirs.nonlinearity = "tanh"
+        close(ours(x, hx), theirs(x, hx))
+
+
 def test_functional_cells_are_torchs() -> None:
     x, h, c = (torch.randn(3, n, dtype=F64) for n in (I, H, H))
     for G, ours, theirs, state in (

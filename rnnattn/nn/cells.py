@@ -69,8 +69,9 @@ class _Cell(nn.RNNCellBase):
         if states is None:
             states = (x.new_zeros(x.shape[0], self.hidden_size),) * len(self._names)
         h0, *c0 = [state.unsqueeze(0) for state in states]
+        c = c0[0] if c0 else None
         _, h, c = autograd.recurrent_layer(
-            x.unsqueeze(0), h0, c0[0] if c0 else None, weights, None, None, False, self.bias, "forward", self._mode, "cpp"
+            x.unsqueeze(0), h0, c, weights, None, None, False, self.bias, "forward", self._mode, "cpp"
         )
         return (h.squeeze(0),) if c is None else (h.squeeze(0), c.squeeze(0))
 
