@@ -82,6 +82,7 @@ struct Member {
   void* copies;         // of rows: forward: of x as F [rows of a chunk, I], where it is stored in 16 bits; products in
                         // bfloat16: [rows of a chunk, padded I] and [n, padded R]; backward: [n, padded K of w_hh]
   const void** pointers;  // [rows of a chunk + 2 n]
+  void* panel = nullptr;  // forward, without packed weights: a panel of I or R rows
 };
 
 // A matrix to be packed as panels, [block][panel_depth(K)][vectors of a block][lanes], zero beyond the matrix.

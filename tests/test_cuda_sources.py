@@ -134,6 +134,8 @@ def parameters() -> Iterator[Any]:
     cases: list[Case] = [*LSTM_CASES, *POOL_CASES, *EXTRA_CASES]
     for case in cases:
         for dtype in DTYPES if case in (LSTM_CASES[0], *POOL_CASES[:2]) else (F32, BF16):
+            if not case.offered("cuda", dtype):
+                continue
             yield pytest.param(case, dtype, id=f"{case.id}-{SHORT[dtype]}")
 
 

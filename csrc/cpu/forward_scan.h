@@ -22,6 +22,7 @@ class Forward {
   using Row = typename W::Row;
   static constexpr bool kNarrow = sizeof(Row) < sizeof(F);  // products take x, h0 and y as they are stored
   static constexpr bool kTiles = W::kTileRows > 1;
+  static constexpr int64_t kFewRows = 4;
 
  public:
   Forward(const ForwardScan<F>& scan, const Member<F>& member)
@@ -52,8 +53,10 @@ class Forward {
           const auto put = [&](int64_t first, int64_t rows, const F* sums) {
             units(block, step, first, rows, gates_x + first * kBlock, sums);
           };
-          const Product<F, W> product{h_rows, p.R, w_hh(block), ahead ? w_hh(next) : w_ih(next), scale(p.scale_hh, block)};
-          if (!p.w_hh) for_unpacked(block, running, put);
+          const Word* panel = panel_of(p.w_hh ? w_hh(block) : nullptr, p.unpacked_hh, block, running);
+          const Word* after = !p.w_hh ? panel : ahead ? w_hh(next) : w_ih(next);
+          const Product<F, W> product{h_rows, p.R, panel, after, scale(p.scale_hh, block)};
+          if (!panel) for_unpacked(block, running, put);
           else if (!p.gates) for_products<V, F, W>(product, 0, running, put);
           else for_products<V, F, W>(product, 0, running, [&](int64_t i, int64_t rows) { return lines_of_cells(block, step, i, rows); }, put);
         }
@@ -90,9 +93,18 @@ class Forward {
   const Word* w_hh(int64_t block) const { return static_cast<const Word*>(p.w_hh) + block * words<W>(p.R) * kBlock; }
   static const F* scale(const F* scales, int64_t block) { return scales ? scales + block * kBlock : nullptr; }
 
+  // A block's weights: packed before, or into memory that they leave in cache where a step or two is all they are for;
+  // null for so few rows that they are multiplied as they lie.
+  const Word* panel_of(const Word* packed, const Packing<F>& packing, int64_t block, int64_t rows) {
+    if (packed || rows <= kFewRows) return packed;
+    pack_panel_as<W>(packing, block, static_cast<Word*>(m.panel));
+    return static_cast<const Word*>(m.panel);
+  }
+
   void input_product(int64_t block, int64_t n, const Word* ahead, F* out) {
     const F* bias = p.bias ? p.bias + block * kBlock : nullptr;
-    if (p.w_ih) multiply<V, F, W>({x_rows, p.I, w_ih(block), ahead, scale(p.scale_ih, block)}, 0, n, bias, out);
+    const Word* panel = panel_of(p.w_ih ? w_ih(block) : nullptr, p.unpacked_ih, block, n);
+    if (panel) multiply<V, F, W>({x_rows, p.I, panel, p.w_ih ? ahead : panel, scale(p.scale_ih, block)}, 0, n, bias, out);
     else multiply_unpacked(p.unpacked_ih, block, x_rows, n, bias, out);
   }
 

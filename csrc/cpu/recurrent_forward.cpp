@@ -19,7 +19,8 @@ namespace {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-constexpr int64_t kFewRows = 4;  // steps times rows that do not pay for packing the weights
+// Steps times rows, and rows of a single step, that do not pay for packing the weights before the scan.
+constexpr int64_t kFewRows = 4, kRowsOfAStep = 64;
 
 // Scan steps whose input product a member computes at once: as many as leave its cache to the weights.
 int64_t chunk_steps(double rows, int64_t columns, int64_t element, int64_t T) {
@@ -81,15 +82,17 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
     matrix.allocate();
     to_pack.push_back(&matrix);
   };
+  const bool few = T * B <= kFewRows || (T == 1 && B <= kRowsOfAStep), unpacked = few && !weights[0].ih.panels.defined();
   for (auto& w : weights) {
-    if (T * B > kFewRows) pack(w.ih), pack(w.hh);
+    if (!few) pack(w.ih), pack(w.hh);
     if (w.hr) pack(*w.hr);
   }
 
   const double rows = mean_rows(lengths, T, B);
   const int directions = static_cast<int>(K);
   const int64_t element = narrow ? 2 : sizeof(F);
-  const Plan plan = plan_layer({mode, T, B, I, H, R, directions, rows, element, lanes, false}, team_size());
+  const int64_t shared_rows = unpacked ? 1 : B;  // threads that share the rows would each pack all weights
+  const Plan plan = plan_layer({mode, T, shared_rows, I, H, R, directions, rows, element, lanes, false}, team_size());
   const RowOrder order(lengths, T, B, plan.groups);
   const int64_t group_rows = (B + plan.groups - 1) / plan.groups;
 
@@ -99,10 +102,15 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
   const auto gates_x = [&](int members) {  // numbers of the input products computed ahead
     return (chunk_of(members) > 1 ? (blocks + members - 1) / members : 1) * chunk_of(members) * group_rows * block;
   };
-  const auto scratch = [&](int members) {
+  const auto copies = [&](int members) {
     const int64_t chunk_rows = chunk_of(members) * group_rows;
-    const int64_t copies = narrow ? (chunk_rows * padded_row(I) + group_rows * padded_row(R)) / 2 : chunk_rows * I;
-    return ScratchSize{gates_x(members) + (stored == Stored::kFull ? 0 : copies), chunk_rows + 2 * group_rows};
+    if (stored == Stored::kFull) return int64_t{0};
+    return narrow ? (chunk_rows * padded_row(I) + group_rows * padded_row(R)) / 2 : chunk_rows * I;
+  };
+  const Panel panel = weights[0].ih.packing.panel;
+  const int64_t panel_size = unpacked ? block * std::max(panel_depth(panel, I), panel_depth(panel, R)) : 0;
+  const auto scratch = [&](int members) {
+    return ScratchSize{gates_x(members) + copies(members) + panel_size, chunk_of(members) * group_rows + 2 * group_rows};
   };
   run_layer<F>(plan, directions, to_pack, scratch, [&](int k, int group, int index, int members, Barrier* barrier, F* numbers,
                                                        const void** pointers) {
@@ -110,7 +118,8 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
     const auto share = [&](int64_t n, int m) { return n * m / members; };
     const int64_t projections = w.hr ? w.hr->blocks : 0;
     const Member<F> member{index, share(blocks, index), share(blocks, index + 1), share(projections, index),
-                           share(projections, index + 1), numbers, numbers + gates_x(members), pointers};
+                           share(projections, index + 1), numbers, numbers + gates_x(members), pointers,
+                           numbers + gates_x(members) + copies(members)};
     // This direction's part of a tensor, or null.
     const auto part = [&](const Tensor& t, int64_t stride) {
       return t.defined() && t.numel() ? t.template data_ptr<F>() + k * stride : nullptr;

@@ -135,10 +135,11 @@ struct Layer {
       std::vector<F> gates_x((s.chunk > 1 ? last - first : 1) * chunk_rows * block, NAN), wide(s.stored == Stored::kFull || s.narrow() ? 0 : chunk_rows * s.I, NAN);
       std::vector<uint16_t> narrow(s.narrow() ? chunk_rows * padded_row(s.I) + rows.n * padded_row(s.R) : 0, 0xffff);
       std::vector<const void*> pointers(chunk_rows + 2 * rows.n);
+      std::vector<F> panel(s.packed ? 0 : block * std::max(panel_depth(s.panel, s.I), panel_depth(s.panel, s.R)), NAN);
       const Member<F> member{.index = index, .first = first, .last = last, .first_projected = share(blocks_hr, index),
                              .last_projected = share(blocks_hr, index + 1), .gates_x = gates_x.data(),
                              .copies = s.narrow() ? static_cast<void*>(narrow.data()) : wide.data(),
-                             .pointers = pointers.data()};
+                             .pointers = pointers.data(), .panel = panel.data()};
       const ForwardScan<F> scan{
           .mode = s.mode, .stored = s.stored, .T = s.T, .B = s.B, .I = s.I, .H = s.H, .R = s.R, .rows = rows, .barrier = barrier,
           .x = const_cast<Numbers<F>&>(x).data(), .x_step = s.B * s.I, .x_row = s.I, .unpacked_ih = ih, .unpacked_hh = hh,
