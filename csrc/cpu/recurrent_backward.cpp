@@ -14,7 +14,7 @@
 namespace rnnattn {
 namespace {
 
-constexpr int64_t kNarrow = 512;  // columns up to which one GEMM and some copies are faster than two
+constexpr int64_t kColumnsOfOneGemm = 512;  // up to which one GEMM and some copies are faster than two
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
@@ -127,7 +127,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
       }
     if (!needs_dweights) continue;
     const PreviousStates h_prev{y.narrow(2, k * R, R), h0[k], order, reverses[k], resets, reset_to_initial};
-    if (parts_x.size() == 1 && order.slots >= used * H && I + R <= kNarrow) {
+    if (parts_x.size() == 1 && order.slots >= used * H && I + R <= kColumnsOfOneGemm) {
       const Tensor inputs = workspace({order.slots, I + R}, d.options());
       inputs.narrow(1, 0, I).copy_(x_packed);
       h_prev.copy_to(inputs.narrow(1, I, R));
