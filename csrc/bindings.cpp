@@ -6,6 +6,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/workspace.h"
+#include "layer_call.h"
 #include "prepared_call.h"
 
 namespace py = pybind11;
@@ -38,5 +39,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "compiler, flags, isa (in use), isas (compiled) and cuda (architectures, empty without CUDA)");
   m.def("empty_cache", &rnnattn::empty_workspace_cache, "Frees the memory that is kept for the next call; its bytes.");
+  rnnattn::bind_layer_call(m);
   rnnattn::bind_prepared_call(m);
 }

@@ -227,3 +227,11 @@ def _composed(case: PoolCase, t: dict[str, Any]) -> dict[str, torch.Tensor]:
     pooled = (p[:, None] @ x)[:, 0]
     gradients = torch.autograd.grad([pooled, p], list(leaves.values()), [t["dpooled"], t["dp"]])
     return {"pooled": pooled, "p": p} | {"d" + key: g for key, g in zip(leaves, gradients, strict=True)}
+
+
+def test_a_tangent_is_refused(backend: str) -> None:
+    x, v = torch.randn(2, 3, 4, device=device_of(backend)), torch.randn(4, device=device_of(backend))
+    with rnnattn.use_backend(backend), torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="attention_pool has no forward-mode"):
+            RF.attention_pool(torch.autograd.forward_ad.make_dual(x, x), v)
+        assert RF.attention_pool(x, v)[0].shape == (2, 4)

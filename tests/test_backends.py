@@ -197,6 +197,15 @@ def test_the_order_ends_with_what_runs_everywhere(op: str, device: str) -> None:
         assert backends.get("reference").unsupported(call) is None
 
 
+@pytest.mark.parametrize("op", ["lstm", "gru", "rnn"])
+def test_the_size_of_a_recurrent_call_makes_no_difference_on_a_cpu(op: str) -> None:
+    """`stack.takes_cpp` relies on it."""
+    for dtype, grad, hidden in itertools.product((F64, F32, BF16), (False, True), (16, 1024)):
+        calls = [Call(op, "cpu", dtype, B, T, 16, hidden, grad=grad) for B in (1, 300) for T in (1, 300)]
+        assert len({tuple(backends.choice.order(call)) for call in calls}) == 1
+        assert len({backends.objection("cpp", call) for call in calls}) == 1
+
+
 def test_every_backend_answers_every_question() -> None:
     calls = itertools.product(OPS, (F64, F32, BF16), ("cpu", "cuda", "xpu"))
     for backend, (op, dtype, device) in itertools.product(backends.BACKENDS.values(), calls):

@@ -6,6 +6,7 @@ in double, and the vectors (rounding to 16 bits, NaN, partial vectors) with thei
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -27,7 +28,15 @@ def test_on_aarch64(tmp_path: Path) -> None:
     if shutil.which("make") is None or shutil.which(COMPILER) is None:
         pytest.skip(f"make or {COMPILER} is not on the PATH")
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
-    command = ["make", "-s", "-C", str(ROOT / "tests" / "cpp"), "run" if emulator else "build", f"OUT={tmp_path}"]
+    command = [
+        "make",
+        "-s",
+        f"-j{os.cpu_count()}",
+        "-C",
+        str(ROOT / "tests" / "cpp"),
+        "run" if emulator else "build",
+        f"OUT={tmp_path}",
+    ]
     command += [f"CXX={COMPILER}", "LDFLAGS=-static", "FLAGS=-Werror", f"RUN={emulator or ''}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]

@@ -38,7 +38,17 @@ def test_the_scans_have_no_race(tmp_path: Path) -> None:
     seen = subprocess.run(["./race"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     if "data race" not in seen.stderr:
         pytest.skip("the thread sanitizer does not run on this system")
-    command = ["make", "-s", "-C", str(DRIVERS), "run", f"OUT={tmp_path}", "CXX=g++", f"FLAGS={FLAGS}"]
+    command = [
+        "make",
+        "-s",
+        f"-j{os.cpu_count()}",
+        "-C",
+        str(DRIVERS),
+        "run",
+        f"OUT={tmp_path}",
+        "CXX=g++",
+        f"FLAGS={FLAGS}",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
     assert "baseline: 0 failures" in done.stdout and "emulated: 0 failures" in done.stdout

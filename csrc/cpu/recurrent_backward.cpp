@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "../dispatch.h"
+#include "../recurrent_layer.h"
 #include "layer.h"
 #include "previous_states.h"
 #include "row_order.h"
@@ -22,7 +23,7 @@ template <typename F>
 Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
                    const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
                    const OptionalTensor& resets, bool reset_to_initial, const Tensor& y, const Tensor& gates, const Tensor& cells,
-                   bool has_biases, std::string_view direction, Mode mode, bool needs_dx, bool needs_dweights, bool overwrites) {
+                   bool has_biases, std::string_view direction, Mode mode, Wanted wanted, bool overwrites) {
   const auto reverses = parse_direction(direction);
   const auto acc = c10::CppTypeToScalarType<F>::value;
   const auto dtype = x.scalar_type();
@@ -69,7 +70,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   const bool in_place = overwrites && gates.numel() && gates.scalar_type() == operand && !order.ragged && !projected;
   const Tensor d_gates =
       in_place ? gates.view({K, order.slots, columns * H}) : workspace({K, order.slots, columns * H}, full.dtype(operand));
-  const Tensor d_bias = needs_dweights && has_biases ? at::zeros({K, plan.groups, columns * H}, full) : none;
+  const Tensor d_bias = wanted.dweights && has_biases ? at::zeros({K, plan.groups, columns * H}, full) : none;
   const Tensor dh_out = projected ? workspace({K, order.slots, R}, full) : Tensor();
 
   const auto scratch = [&](int) {
@@ -107,25 +108,27 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
     const Tensor flat = t.reshape({T * B, t.size(2)});
     return (order.ragged ? flat.index_select(0, rows) : flat).to(operand);
   };
-  const Tensor x_packed = needs_dweights ? packed(x) : Tensor();
+  const Tensor x_packed = wanted.dweights ? packed(x) : Tensor();
   Tensor dx;
   std::vector<Tensor> dweights;
   for (int64_t k = 0; k < K; ++k) {
     const DirectionWeights& w = parts[k];
     const Tensor d = d_gates[k], d_h = d.narrow(1, hidden_column(mode) * H, used * H);
-    if (one_step && gru) dh[k].add_(at::mm(d_h, w.w_hh));
-    else if (one_step) dh[k].copy_(at::mm(d_h, w.w_hh));
-    if (one_step && resets && !reset_to_initial && !reverses[k]) dh[k].masked_fill_(resets->view({B, 1}), 0);
+    if (one_step && wanted.dh0) {
+      const Tensor product = at::mm(d_h, w.w_hh);
+      gru ? dh[k].add_(product) : dh[k].copy_(product);
+      if (resets && !reset_to_initial && !reverses[k]) dh[k].masked_fill_(resets->view({B, 1}), 0);
+    }
     // The columns of the input product and their rows of w_ih: those of GRU's n stand first in d, last in w_ih.
     struct Part { int64_t column, row, n; };
     const std::vector<Part> parts_x = gru ? std::vector<Part>{{H, 0, 2 * H}, {0, 2 * H, H}} : std::vector<Part>{{0, 0, used * H}};
-    if (needs_dx)
+    if (wanted.dx)
       for (const Part& part : parts_x) {
         const Tensor d_part = d.narrow(1, part.column, part.n), w_part = w.w_ih.narrow(0, part.row, part.n);
         if (dx.defined()) dx.addmm_(d_part, w_part);
         else dx = workspace({order.slots, I}, d.options()), at::mm_out(dx, d_part, w_part);
       }
-    if (!needs_dweights) continue;
+    if (!wanted.dweights) continue;
     const PreviousStates h_prev{y.narrow(2, k * R, R), h0[k], order, reverses[k], resets, reset_to_initial};
     if (parts_x.size() == 1 && order.slots >= used * H && I + R <= kColumnsOfOneGemm) {
       const Tensor inputs = workspace({order.slots, I + R}, d.options());
@@ -150,28 +153,37 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
       dweights.push_back(at::mm(dh_out[k].t(), packed(h_raw)).to(dtype));
     }
   }
-  if (needs_dx && order.ragged) dx = at::zeros({T * B, I}, dx.options()).index_copy_(0, rows, dx);
-  return {needs_dx ? dx.to(dtype).view({T, B, I}) : none, dh.to(dtype), lstm ? dc.to(dtype) : none, dweights};
+  if (wanted.dx && order.ragged) dx = at::zeros({T * B, I}, dx.options()).index_copy_(0, rows, dx);
+  return {wanted.dx ? dx.to(dtype).view({T, B, I}) : none, wanted.dh0 ? dh.to(dtype) : none, lstm ? dc.to(dtype) : none, dweights};
 }
+
+Gradients backward_operator(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
+                            const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
+                            const OptionalTensor& resets, bool reset_to_initial, const Tensor& y, const Tensor& gates,
+                            const Tensor& cells, bool has_biases, std::string_view direction, std::string_view mode,
+                            bool needs_dx, bool needs_dweights, bool overwrites) {
+  return recurrent_layer_backward(dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
+                                  has_biases, direction, mode, {needs_dx, true, needs_dweights}, overwrites);
+}
+
+TORCH_LIBRARY_IMPL(rnnattn_native, CPU, m) {
+  m.impl("recurrent_layer_backward", &backward_operator);
+}
+
+}  // namespace
 
 Gradients recurrent_layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
                                    const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                    const OptionalTensor& lengths, const OptionalTensor& resets, bool reset_to_initial,
                                    const Tensor& y, const Tensor& gates, const Tensor& cells, bool has_biases,
-                                   std::string_view direction, std::string_view mode, bool needs_dx, bool needs_dweights,
-                                   bool overwrites) {
+                                   std::string_view direction, std::string_view mode, Wanted wanted, bool overwrites) {
   adapt_to_fork();
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
   return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     return backward<decltype(zero)>(dy, dh_n, dc_n, x, h0, c0, weights, contiguous(lengths), contiguous(resets),
-                                    reset_to_initial, y, gates, cells, has_biases, direction, parse_mode(mode), needs_dx,
-                                    needs_dweights, overwrites);
+                                    reset_to_initial, y, gates, cells, has_biases, direction, parse_mode(mode), wanted,
+                                    overwrites);
   });
 }
 
-TORCH_LIBRARY_IMPL(rnnattn_native, CPU, m) {
-  m.impl("recurrent_layer_backward", &recurrent_layer_backward);
-}
-
-}  // namespace
 }  // namespace rnnattn

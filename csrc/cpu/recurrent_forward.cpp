@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "../dispatch.h"
+#include "../recurrent_layer.h"
 #include "forward_weights.h"
 #include "huge_pages.h"
 #include "prepared.h"
@@ -144,26 +145,6 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
 
 Tensor or_empty(const Tensor& t, at::TensorOptions options) { return t.defined() ? t : at::empty({0}, options); }
 
-Outputs recurrent_layer_forward(const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                                const OptionalTensor& given_lengths, const OptionalTensor& resets, bool reset_to_initial,
-                                bool has_biases, std::string_view direction, std::string_view mode_name, bool save) {
-  const OptionalTensor lengths = contiguous(given_lengths);
-  adapt_to_fork();
-  at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
-  const Mode mode = parse_mode(mode_name);
-  return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
-    using F = decltype(zero);
-    auto packed = forward_weights<F>(weights, has_biases, h0.size(0), mode, weights[0].size(0) / weight_gates(mode));
-    const auto dtype = weights[0].scalar_type();
-    if (multiplies_bfloat16(dtype, packed[0].hr.has_value()) || keeps_bfloat16(dtype, mean_rows(lengths, x.size(0), x.size(1))))
-      for (auto& w : packed) w.ih.packing.panel = w.hh.packing.panel = Panel::kBFloat16;
-    const auto [y, h_n, c_n, gates, cells] = forward<F>(x, h0, c0, packed, lengths, contiguous(resets), reset_to_initial,
-                                                              parse_direction(direction), mode, save);
-    const auto empty = [&](const Tensor& t) { return or_empty(t, x.options()); };
-    return Outputs{y, h_n, empty(c_n), empty(gates), empty(cells)};
-  });
-}
-
 // The weights of a stack, packed once for all calls of prepared_forward: kPrepared tensors for each
 // direction of each layer. precision: float (as the weights are, but 16 bits as fp32 where products take that), bfloat16
 // or int8.
@@ -247,12 +228,32 @@ std::tuple<Tensor, Tensor, Tensor> prepared_forward(const Tensor& x, const Tenso
 
 TORCH_LIBRARY_IMPL(rnnattn_native, CPU, m) {
   watch_forks();
-  m.impl("recurrent_layer_forward", &recurrent_layer_forward);
+  m.impl("recurrent_layer_forward", &rnnattn::recurrent_layer_forward);
   m.impl("prepare_weights", &prepare_weights);
   m.impl("prepared_forward", &prepared_forward);
 }
 
 }  // namespace
+
+Outputs recurrent_layer_forward(const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                                const OptionalTensor& given_lengths, const OptionalTensor& resets, bool reset_to_initial,
+                                bool has_biases, std::string_view direction, std::string_view mode_name, bool save) {
+  const OptionalTensor lengths = contiguous(given_lengths);
+  adapt_to_fork();
+  at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
+  const Mode mode = parse_mode(mode_name);
+  return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
+    using F = decltype(zero);
+    auto packed = forward_weights<F>(weights, has_biases, h0.size(0), mode, weights[0].size(0) / weight_gates(mode));
+    const auto dtype = weights[0].scalar_type();
+    if (multiplies_bfloat16(dtype, packed[0].hr.has_value()) || keeps_bfloat16(dtype, mean_rows(lengths, x.size(0), x.size(1))))
+      for (auto& w : packed) w.ih.packing.panel = w.hh.packing.panel = Panel::kBFloat16;
+    const auto [y, h_n, c_n, gates, cells] = forward<F>(x, h0, c0, packed, lengths, contiguous(resets), reset_to_initial,
+                                                              parse_direction(direction), mode, save);
+    const auto empty = [&](const Tensor& t) { return or_empty(t, x.options()); };
+    return Outputs{y, h_n, empty(c_n), empty(gates), empty(cells)};
+  });
+}
 
 std::unique_ptr<PreparedStack> prepared_stack(std::vector<Tensor> prepared, bool bidirectional, std::string_view mode,
                                               at::ScalarType dtype, int64_t I, int64_t H, int64_t R) {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rnnattn import backends
-from rnnattn.autograd.eager import is_eager
+from rnnattn.autograd.eager import is_eager, refuse_tangents
 from rnnattn.reference import accumulation_dtype
 
 torch.library.define(
@@ -107,6 +107,7 @@ def attention_pool(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """pooled and, on request, the weights, in x's dtype; shapes in `rnnattn.reference.attention_pool_forward`."""
+    refuse_tangents("attention_pool", x, v, w, b)
     arguments = (x, v, w, b, lengths, mask, need_weights, backend)
     differentiable = any(p is not None and p.requires_grad for p in (x, v, w, b))
     if torch.is_grad_enabled() and differentiable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def is_eager(x: Tensor) -> bool:
@@ -27,3 +28,11 @@ def is_last_use() -> bool:
     """
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps is not None and not keeps()
+
+
+def refuse_tangents(operation: str, *tensors: Tensor | None) -> None:
+    """Raises NotImplementedError where forward-mode differentiation looks on, which would otherwise find no tangent."""
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError(f"rnnattn: {operation} has no forward-mode derivative, only a reverse-mode one")

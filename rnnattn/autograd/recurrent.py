@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rnnattn import backends
-from rnnattn.autograd.eager import is_eager, is_last_use
+from rnnattn.autograd.eager import is_eager, is_last_use, refuse_tangents
 from rnnattn.reference import CELLS, DIRECTIONS, accumulation_dtype, split_weights
 
 torch.library.define(
@@ -185,6 +185,7 @@ def recurrent_layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, h_n, c_n of one layer; see `rnnattn.reference.recurrent_layer_forward` for the shapes."""
     states = (h0,) if c0 is None else (h0, c0)
+    refuse_tangents("recurrent_layer", x, *states, *weights)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights)):
         y, h_n, c_n, _, _ = RecurrentLayer.apply(
             x, h0, c0, lengths, resets, reset_to_initial, has_biases, direction, mode, backend, *weights

@@ -43,6 +43,15 @@ def prepared_call(*arguments: Any) -> Any:
     return _C.PreparedCall(*arguments)
 
 
+@functools.cache
+def call_layer() -> Any:
+    """The function of the same name of the compiled extension (csrc/layer_call.cpp)."""
+    native()
+    from rnnattn import _C
+
+    return _C.call_layer
+
+
 def build_info() -> dict[str, object]:
     """Compiler, flags, instruction sets and CUDA architectures of the compiled extension."""
     from rnnattn import _C

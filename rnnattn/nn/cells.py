@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from rnnattn import autograd, functional
-from rnnattn.nn.signature import signature_of
-from rnnattn.stack import takes_cpp, wants_grad
+from rnnattn import functional
+from rnnattn.nn.direct import DirectCalls
 
 if TYPE_CHECKING:
     from rnnattn.nn.prepared import PreparedCell
@@ -16,13 +15,12 @@ if TYPE_CHECKING:
 States = tuple[Tensor, ...]  # h, or h and c
 
 
-class _Cell(nn.RNNCellBase):
+class _Cell(DirectCalls, nn.RNNCellBase):
     """What the cells share. Messages are torch's (torch/nn/modules/rnn.py; aten/src/ATen/native/RNN.cpp,
     check_rnn_cell_forward_*)."""
 
     _names: tuple[str, ...] = ("hidden",)  # of the states
     _kind: str  # as messages call the cell
-    _passed: Any = None  # the mode and signature of a call that has passed all checks, see _like_before
 
     @property
     def _mode(self) -> str:
@@ -45,37 +43,20 @@ class _Cell(nn.RNNCellBase):
         return PreparedCell(self, precision)
 
     def _step(self, x: Tensor, states: States) -> States:
-        """The states after the step; all tensors are [B, ...] and have passed the checks of `_run`."""
+        """The states after the step; all tensors are [B, ...] and have passed the checks of `_run_checked`."""
         raise NotImplementedError
 
-    def _run(self, input: Tensor, hx: Any) -> States:
-        """The states after the step, shaped as the given ones; hx as `forward` takes it."""
-        own = self._parameters  # a parametrized weight is not among them, and makes no signature
+    def _run(self, input: Tensor, hx: Any) -> Any:
+        """What `forward` returns; hx as it takes it."""
+        mode, own = self._mode, self._parameters  # among which a parametrized weight is not
         weights = [own.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]]
-        states = (hx,) if len(self._names) == 1 and hx is not None else hx
-        signature = signature_of(input, states, weights, 2)
-        if signature is not None and (self._mode, signature) == self._passed:
-            return self._like_before(input, states, weights)  # type: ignore[arg-type]
-        results = self._run_checked(input, hx)
-        if signature is not None:
-            grad = wants_grad(input, *(states or ()), *weights)
-            self._passed = (
-                (self._mode, signature) if takes_cpp(self._mode, input[None], self.hidden_size, grad) else None
-            )
+        results = self._call_directly(mode, input, hx, weights, self.bias, False, False, True)
+        if results is None:
+            results = self._run_checked(input, hx)
+            self._remember(mode, input, self.hidden_size)
         return results
 
-    def _like_before(self, x: Tensor, states: States | None, weights: list[Tensor]) -> States:
-        """A step that is like one before but for its numbers, and runs on the C++ kernels."""
-        if states is None:
-            states = (x.new_zeros(x.shape[0], self.hidden_size),) * len(self._names)
-        h0, *c0 = [state.unsqueeze(0) for state in states]
-        c = c0[0] if c0 else None
-        _, h, c = autograd.recurrent_layer(
-            x.unsqueeze(0), h0, c, weights, None, None, False, self.bias, "forward", self._mode, "cpp"
-        )
-        return (h.squeeze(0),) if c is None else (h.squeeze(0), c.squeeze(0))
-
-    def _run_checked(self, input: Tensor, hx: Any) -> States:
+    def _run_checked(self, input: Tensor, hx: Any) -> Any:
         states: States | None
         if len(self._names) == 1:
             states = None if hx is None else (hx,)
@@ -105,7 +86,9 @@ class _Cell(nn.RNNCellBase):
                     f"hidden{n} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
                 )
         states = self._step(x, states)
-        return states if input.dim() == 2 else tuple(state.squeeze(0) for state in states)
+        if input.dim() == 1:
+            states = tuple(state.squeeze(0) for state in states)
+        return states if len(states) == 2 else states[0]
 
 
 class LSTMCell(_Cell):
@@ -134,8 +117,8 @@ class LSTMCell(_Cell):
         Raises:
             RuntimeError, ValueError, TypeError: as torch.nn.LSTMCell, or naming the argument.
         """
-        h, c = self._run(input, hx)
-        return h, c
+        states: tuple[Tensor, Tensor] = self._run(input, hx)
+        return states
 
     def _step(self, x: Tensor, states: States) -> States:
         h, c = states
@@ -167,7 +150,8 @@ class GRUCell(_Cell):
         Raises:
             RuntimeError, ValueError: as torch.nn.GRUCell, or naming the argument.
         """
-        return self._run(input, hx)[0]
+        state: Tensor = self._run(input, hx)
+        return state
 
     def _step(self, x: Tensor, states: States) -> States:
         return (functional.gru_cell(x, states[0], self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh),)
@@ -209,7 +193,8 @@ class RNNCell(_Cell):
             RuntimeError: an unknown nonlinearity.
             RuntimeError, ValueError: as torch.nn.RNNCell, or naming the argument.
         """
-        return self._run(input, hx)[0]
+        state: Tensor = self._run(input, hx)
+        return state
 
     @property
     def _mode(self) -> str:

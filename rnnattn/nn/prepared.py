@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnattn._version import __version__
+from rnnattn.autograd.eager import refuse_tangents
 from rnnattn.backends.cpp import build_info, native, prepared_call
 from rnnattn.checks import check_recurrent, checked_lengths, checked_resets
 from rnnattn.nn.cells import _Cell
@@ -50,7 +51,7 @@ class _PackedWeights:
     def _load(self) -> None:
         packed, bidirectional, mode, _ = self.rest
         self._operator = native().prepared_forward.default
-        # (input, h, c) to (y, h_n, c_n) or (y, h_n); to None where `run` has to check something first.
+        # (input, h, c) to what the module returns; to None where `run` has to check something first.
         self.call = prepared_call(packed, bidirectional, mode, self.shapes[0], *self._of_call)
 
     def run(
@@ -65,6 +66,7 @@ class _PackedWeights:
                 f"{op}: a module from prepare_inference() has no gradients, but an input requires grad; call it "
                 "under torch.inference_mode() or torch.no_grad(), or detach the input"
             )
+        refuse_tangents(op, x, h0, c0)
         check_recurrent(op, G, x, h0, c0, self.shapes, has_biases, layers, K)
         lengths = checked_lengths(lengths, x.shape[1], x.shape[0], x.device)
         y, h_n, c_n = self._operator(x, h0, c0, lengths, resets, reset_to_initial, *self.rest)
@@ -244,7 +246,7 @@ class PreparedRecurrent(_Prepared):
             h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
             results = self._weights.call(input, h0, c0)
             if results is not None:
-                return (results[0], results[1:]) if self._has_c else results
+                return results
         hx = hx if self._has_c or hx is None else (hx,)
         output, states = self._arguments._run_checked(input, hx, lengths, resets, reset_to_initial)
         return output, states if self._has_c else states[0]
@@ -270,10 +272,7 @@ class PreparedCell(_Prepared):
         self._watch.check()
         h, c = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
         results = self._weights.call(input, h, c)
-        if results is not None:
-            return results[1:] if self._has_c else results[1]
-        states = self._arguments._run(input, hx)
-        return states if self._has_c else states[0]
+        return self._arguments._run_checked(input, hx) if results is None else results
 
 
 # A compiled model calls them uncompiled: the watch looks at memory. What torch.compiler.disable sets;

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from rnnattn import autograd
 from rnnattn.checks import checked_resets
 from rnnattn.functional import NONLINEARITIES
-from rnnattn.nn.signature import signature_of
-from rnnattn.stack import run_stack, takes_cpp, wants_grad
+from rnnattn.nn.direct import DirectCalls
+from rnnattn.stack import run_stack
 
 if TYPE_CHECKING:
     from rnnattn.nn.prepared import PreparedRecurrent
@@ -25,13 +24,12 @@ States = tuple[Tensor, ...]  # h, or h and c
 Lengths = Tensor | Sequence[int] | None
 
 
-class _Recurrent(nn.RNNBase):
+class _Recurrent(DirectCalls, nn.RNNBase):
     """What the modules share. Messages are torch's, which differ between the three."""
 
     _names: tuple[str, ...] = ("hx",)  # of the states
     _kind: str  # as messages call the module
     _suffix = ""
-    _passed: Any = None  # the signature of a call that has passed all checks, see _like_before
 
     def prepare_inference(self, precision: str = "float") -> PreparedRecurrent:
         """A module for inference on a CPU, called as this one is, with a packed copy of the weights.
@@ -54,18 +52,23 @@ class _Recurrent(nn.RNNBase):
 
     def _run(
         self, input: Tensor | PackedSequence, hx: Any, lengths: Lengths, resets: Tensor | None, reset_to_initial: bool
-    ) -> tuple[Tensor | PackedSequence, States]:
-        """output and the final states; hx holds the initial states, or is None for zeros."""
+    ) -> Any:
+        """What `forward` returns; hx as it takes it."""
         self._update_flat_weights()
-        signature = None
-        if lengths is None and resets is None and self.num_layers == 1:
-            signature = signature_of(input, hx, self._flat_weights, 3)
-            if signature is not None and signature == self._passed:
-                return self._like_before(input, hx)
-        results = self._run_checked(input, hx, lengths, resets, reset_to_initial)
-        if signature is not None and isinstance(input, Tensor) and self._takes_cpp(input, hx):
-            self._passed = signature
-        return results
+        may_be_direct = self.num_layers == 1 and lengths is None and resets is None
+        if may_be_direct:
+            weights, bias = self._flat_weights, self.bias
+            results = self._call_directly(
+                self.mode, input, hx, weights, bias, self.bidirectional, self.batch_first, False
+            )
+            if results is not None:
+                return results
+        with_c = len(self._names) == 2
+        hx = hx if with_c or hx is None else (hx,)
+        output, states = self._run_checked(input, hx, lengths, resets, reset_to_initial)
+        if may_be_direct:
+            self._remember(self.mode, input, self.hidden_size)
+        return output, states if with_c else states[0]
 
     def _update_flat_weights(self) -> None:
         """Does what nn.RNNBase's does, which takes five times as long to find that nothing has changed."""
@@ -74,27 +77,10 @@ class _Recurrent(nn.RNNBase):
             if ref is None or ref() is not own.get(name):
                 return super()._update_flat_weights()
 
-    def _takes_cpp(self, input: Tensor, hx: Any) -> bool:
-        states, weights = hx or (), self._flat_weights
-        return takes_cpp(self.mode, input, self.hidden_size, wants_grad(input, *states, *weights))
-
-    def _like_before(self, input: Any, hx: Any) -> tuple[Tensor, States]:
-        """A call of one layer that is like one before but for its numbers, and runs on the C++ kernels.
-
-        The checks take longer than a small layer's step.
-        """
-        x = input.transpose(0, 1) if self.batch_first else input
-        h0, *c0 = self._zero_states(x, x.shape[1]) if hx is None else hx
-        direction = "bidirectional" if self.bidirectional else "forward"
-        weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
-        y, h_n, c_n = autograd.recurrent_layer(
-            x, h0, c0[0] if c0 else None, weights, None, None, False, self.bias, direction, self.mode, "cpp"
-        )
-        return y.transpose(0, 1) if self.batch_first else y, (h_n,) if c_n is None else (h_n, c_n)
-
     def _run_checked(
         self, input: Tensor | PackedSequence, hx: Any, lengths: Lengths, resets: Tensor | None, reset_to_initial: bool
     ) -> tuple[Tensor | PackedSequence, States]:
+        """output and the final states; hx holds the initial states, or is None for zeros."""
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(f"{self._kind}: expected no lengths with a PackedSequence, which has its own")
@@ -223,8 +209,10 @@ class LSTM(_Recurrent):
         Raises:
             RuntimeError, ValueError, TypeError: as torch.nn.LSTM, or naming the argument.
         """
-        output, (h_n, c_n) = self._run(input, hx, lengths, resets, reset_to_initial)
-        return output, (h_n, c_n)
+        results: tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]] = self._run(
+            input, hx, lengths, resets, reset_to_initial
+        )
+        return results
 
 
 class _WithoutCellState(_Recurrent):
@@ -257,8 +245,8 @@ class _WithoutCellState(_Recurrent):
             RuntimeError, ValueError, TypeError: as torch.nn's module of the same name, or naming the
                 argument.
         """
-        output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths, resets, reset_to_initial)
-        return output, h_n
+        results: tuple[Tensor | PackedSequence, Tensor] = self._run(input, hx, lengths, resets, reset_to_initial)
+        return results
 
 
 class GRU(_WithoutCellState):

@@ -104,17 +104,17 @@ void check_plans() {
 }
 
 // Products in bfloat16: rows fewer than a matrix unit's tile has, as many, and more, some of them apart in memory (ragged,
-// or odd sizes), and shares of units of several threads.
+// or odd sizes), and shares of units of several threads. The rest of a case is dealt out by its number, as below.
 void check_bfloat16() {
   int n = 0;
-  for (Mode mode : {Mode::kLstm, Mode::kGru, Mode::kTanh})
-    for (int64_t B : {3, 5, 17, 50})
-      for (int64_t H : {1, 37, 64})
-        for (int64_t chunk : {1, 3}) {
-          const int64_t inputs[] = {0, 9, 32, 33}, I = inputs[++n / 2 % 4];
-          check<float>({mode, Stored::kBFloat16, 3, B, I, H, H, n % 4 != 0, n % 3 == 0, n % 5 == 0, n % 7 != 0,
-                        1 + n / 3 % 2, 1 + n / 5 % 2, chunk, Panel::kBFloat16, n / 2 % 3 != 0, n / 2 % 3 == 2}, "");
-        }
+  for (int64_t B : {3, 5, 17, 50})
+    for (int64_t H : {1, 37, 64})
+      for (int64_t chunk : {1, 3}) {
+        const Mode modes[] = {Mode::kLstm, Mode::kGru, Mode::kTanh};
+        const int64_t inputs[] = {0, 9, 32, 33}, I = inputs[++n / 2 % 4];
+        check<float>({modes[(n + n / 6) % 3], Stored::kBFloat16, 3, B, I, H, H, n % 4 != 0, n % 3 == 0, n % 5 == 0, n % 7 != 0,
+                      1 + n / 3 % 2, 1 + n / 5 % 2, chunk, Panel::kBFloat16, n / 2 % 3 != 0, n / 2 % 3 == 2}, "");
+      }
 }
 
 }  // namespace
@@ -137,8 +137,8 @@ int main() {
           if (mode == Mode::kLstm && n % 2 && H > 1) s.R = H / 2;
           s.resets = n / 2 % 3 != 0, s.to_initial = n / 2 % 3 == 2;
           check<float>(s, "fp32");
-          check<double>(s, "fp64");
-          if (mode == Mode::kRelu) continue;  // rounding moves a sum across the kink
+          if (n % 4 < 2) check<double>(s, "fp64");
+          if (n % 4 < 2 || mode == Mode::kRelu) continue;  // rounding moves a sum across the kink
           s.stored = n % 2 ? Stored::kBFloat16 : Stored::kHalf;
           check<float>(s, "");
           if (!s.packed) continue;

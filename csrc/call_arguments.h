@@ -1,0 +1,34 @@
+// What a call of a module from Python gives and gets, between Python's objects and tensors.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <optional>
+
+#include "layout.h"
+
+namespace rnnattn {
+
+// A module that is called; sizes as in recurrent.h, LK directions of all layers.
+struct Called {
+  Layout layout;
+  bool has_c;
+  at::ScalarType dtype;
+  int64_t I, LK, R, H;
+};
+
+// Whether nobody but autograd and autocast takes part in calls on this thread: no mode, no transform, no tracer.
+bool plain_thread();
+
+// The tensor of an object, where that is a dense one on the CPU of this dtype that nothing but a backward looks at; else null.
+const at::Tensor* plain_tensor(PyObject* object, at::ScalarType dtype);
+
+// The arguments of a call, where they are plain and of the right shapes, so that no check would have something to say. h and
+// c may be None, which stands for zeros.
+std::optional<CallArguments> call_arguments(const Called& module, PyObject* input, PyObject* h, PyObject* c);
+
+// What the module returns, in the caller's layout: (y, h_n) or (y, (h_n, c_n)); a cell without y.
+PyObject* call_results(const Called& module, at::Tensor y, at::Tensor h_n, at::Tensor c_n);
+
+}  // namespace rnnattn

@@ -1,0 +1,47 @@
+"""Calls of one layer that go directly to the C++ kernels, by csrc/layer_call.cpp.
+
+The checks and the choice of a backend that all others pass in Python take longer than a small layer's step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnattn import backends
+from rnnattn.backends.cpp import call_layer
+from rnnattn.stack import takes_cpp
+
+
+class DirectCalls:
+    """Base of the modules that call so. The first call of a kind tells, by the long way, whether others may."""
+
+    # The backend that is set, mode and dtype; and whether such calls run on the C++ kernels.
+    _direct: tuple[tuple[str, str, torch.dtype], bool] | None = None
+
+    def _call_directly(
+        self, mode: str, input: Any, hx: Any, weights: list[Any], has_biases: bool, bidirectional: bool,
+        batch_first: bool, is_cell: bool,
+    ) -> Any:  # fmt: skip
+        """What the module returns; None where anything is out of the ordinary, wrong arguments among it.
+
+        weights: those of one layer; None for one that is not to be had.
+        """
+        if self._direct is None or torch.compiler.is_compiling() or backends.is_recording():
+            return None
+        (selected, remembered_mode, dtype), allowed = self._direct
+        if not allowed or selected != backends.selected() or remembered_mode != mode:
+            return None
+        h, c = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
+        return call_layer()(input, h, c, weights, dtype, mode, has_biases, bidirectional, batch_first, is_cell)
+
+    def _remember(self, mode: str, input: Any, hidden_size: int) -> None:
+        """Takes note of a call that has passed all checks."""
+        if type(input) is not Tensor or torch.compiler.is_compiling() or backends.is_recording():
+            return
+        kind = backends.selected(), mode, input.dtype
+        if self._direct is None or self._direct[0] != kind:
+            allowed = input.is_cpu and takes_cpp(mode, input.dtype, input.shape[-1], hidden_size)
+            self._direct = kind, allowed

@@ -1,0 +1,278 @@
+"""Calls of one layer that go directly to the C++ kernels give what others give, and leave to them what is not plain."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from cases import BF16, F32, F64, backend_parameters
+from tolerances import close
+from torch import Tensor, nn
+
+import rnnattn
+from rnnattn import backends
+from rnnattn.nn import direct
+
+pytestmark = pytest.mark.parametrize("backend", backend_parameters("cpp"))
+I, H = 5, 6
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lstm": ("LSTM", {}),
+    "lstm, batch_first": ("LSTM", {"batch_first": True}),
+    "lstm, both directions": ("LSTM", {"bidirectional": True}),
+    "lstm, projection": ("LSTM", {"proj_size": 4, "bidirectional": True, "bias": False}),
+    "lstm, projection and biases": ("LSTM", {"proj_size": 4}),
+    "gru": ("GRU", {"bidirectional": True}),
+    "gru, no bias": ("GRU", {"bias": False, "batch_first": True}),
+    "rnn": ("RNN", {"bidirectional": True, "batch_first": True}),
+    "rnn, relu": ("RNN", {"nonlinearity": "relu"}),
+    "lstm cell": ("LSTMCell", {}),
+    "lstm cell, no bias": ("LSTMCell", {"bias": False}),
+    "gru cell": ("GRUCell", {}),
+    "rnn cell, relu": ("RNNCell", {"nonlinearity": "relu"}),
+}
+each_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+@pytest.fixture(autouse=True)
+def taken(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[bool]:
+    """Of every call that was tried directly, whether it was taken."""
+    seen: list[bool] = []
+    run = direct.call_layer()
+
+    def spy(*arguments: Any) -> Any:
+        results = run(*arguments)
+        seen.append(results is not None)
+        return results
+
+    monkeypatch.setattr(direct, "call_layer", lambda: spy)
+    return seen
+
+
+def flat(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else [t for part in results for t in flat(part)]
+
+
+def twins(name: str, dtype: torch.dtype = F64) -> tuple[Any, Any]:
+    """torch's and ours with the same parameters."""
+    kind, options = LAYERS[name]
+    theirs, ours = (getattr(package, kind)(I, H, dtype=dtype, **options) for package in (nn, rnnattn))
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def arguments(module: Any, T: int = 3, B: int = 2, given: bool = True, grad: bool = False) -> list[Any]:
+    """x, and initial states if given, as the module takes them."""
+    dtype = next(module.parameters()).dtype
+    cell = isinstance(module, nn.RNNCellBase)
+    shape = (B,) if cell else (B, T) if module.batch_first else (T, B)
+    x = torch.randn(*shape, I, dtype=dtype, requires_grad=grad)
+    if not given:
+        return [x]
+    K = () if cell else (2,) if module.bidirectional else (1,)
+    h = torch.randn(*K, B, getattr(module, "proj_size", 0) or H, dtype=dtype, requires_grad=grad)
+    if "LSTM" not in type(module).__name__:
+        return [x, h]
+    return [x, (h, torch.randn(*K, B, H, dtype=dtype, requires_grad=grad))]
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
+@each_layer
+def test_results_and_gradients_are_torchs(name: str, given: bool, T: int, taken: list[bool]) -> None:
+    theirs, ours = twins(name)
+    ours(*arguments(ours, T))
+    for frozen in ((), ("weight_ih",), ("weight", "bias")):
+        for grad in (False, True):
+            for p, q in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+                p[1].requires_grad_(not p[0].startswith(frozen or "none")), q.requires_grad_(p[1].requires_grad)
+            given_arguments = arguments(ours, T, given=given, grad=grad)
+            want, got = flat(theirs(*given_arguments)), flat(ours(*given_arguments))
+            close(got, want)
+            assert [t.requires_grad for t in got] == [t.requires_grad for t in want]
+            if not want[0].requires_grad:
+                continue
+            inputs = flat(given_arguments) if grad else []
+            wanted = [[*inputs, *(p for p in m.parameters() if p.requires_grad)] for m in (theirs, ours)]
+            for which in (slice(0, None), slice(0, 1), slice(-1, None)):  # of the outputs that have a gradient
+                cotangents = [torch.randn_like(t) for t in want[which]]
+                d_want, d_got = (
+                    torch.autograd.grad(outputs[which], inputs, cotangents, retain_graph=True, allow_unused=True)
+                    for outputs, inputs in zip((want, got), wanted, strict=True)
+                )
+                for w, g, p in zip(d_want, d_got, wanted[0], strict=True):
+                    close(torch.zeros_like(p) if g is None else g, torch.zeros_like(p) if w is None else w)
+    assert taken == [True] * 6
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@each_layer
+def test_a_direct_call_is_bit_equal_to_the_long_way(name: str, dtype: torch.dtype, taken: list[bool]) -> None:
+    _, ours = twins(name, dtype)
+    given_arguments = arguments(ours, grad=True)
+    inputs = [*flat(given_arguments), *ours.parameters()]
+    results = []
+    for _ in range(2):
+        got = flat(ours(*given_arguments))
+        results.append([*got, *torch.autograd.grad(sum(t.float().square().sum() for t in got), inputs)])
+    assert taken == [True]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@each_layer
+def test_a_graph_can_be_run_twice(name: str, taken: list[bool]) -> None:
+    _, ours = twins(name)
+    for _ in range(2):
+        loss = sum(t.square().sum() for t in flat(ours(*arguments(ours, grad=True))))
+    first = torch.autograd.grad(loss, list(ours.parameters()), retain_graph=True)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, list(ours.parameters())), strict=True)
+    )
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, list(ours.parameters()))
+    assert taken == [True]
+
+
+@each_layer
+def test_states_can_be_written_in_place(name: str, taken: list[bool]) -> None:
+    """An output is the caller's, and no view; but y is kept for the backward, as torch keeps it."""
+    theirs, ours = twins(name)
+    given_arguments = arguments(ours, grad=True)
+    ours(*given_arguments)
+    results = [flat(module(*given_arguments)) for module in (theirs, ours)]
+    assert not any(t._is_view() for t in results[1])
+    first = 0 if "cell" in name else 1
+    for h in results[1][first:]:
+        h.mul_(0.5)
+    losses = [sum((f * t).sum() for t in r[first:]) for f, r in zip((0.5, 1), results, strict=True)]
+    close(*(torch.autograd.grad(loss, flat(given_arguments)) for loss in losses))
+    assert taken == [True]
+
+
+@each_layer
+def test_changes_between_forward_and_backward_are_refused(name: str, taken: list[bool]) -> None:
+    _, ours = twins(name)
+    for _ in range(2):
+        results = flat(ours(*arguments(ours)))
+    with torch.no_grad():
+        ours.get_parameter(next(iter(ours.state_dict()))).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        results[0].sum().backward()
+    assert taken == [True]
+
+
+@each_layer
+def test_gradients_of_gradients_go_through_the_operator(name: str, taken: list[bool]) -> None:
+    _, ours = twins(name)
+    given_arguments = arguments(ours, grad=True)
+    wanted, gradients = [*flat(given_arguments), *ours.parameters()], []
+    for _ in range(2):
+        (first, *_) = results = flat(ours(*given_arguments))
+        d = torch.autograd.grad(sum(t.sum() for t in results), wanted, create_graph=True)
+        gradients.append([t.detach() for t in d])
+        with pytest.raises(NotImplementedError, match="no double backward"):
+            sum(t.sum() for t in d).backward()
+        assert first.grad_fn is not None
+    assert taken == [True]
+    close(*gradients)
+
+
+@each_layer
+def test_what_is_wrong_is_refused_as_before(name: str, taken: list[bool]) -> None:
+    _, ours = twins(name)
+    x, *hx = arguments(ours)
+    wrong: list[list[Any]] = [[x[..., 1:]], [x[None]], [x.to(F32), *hx], ["x"], [None], [x, *hx, 1, 2, 3, 4, 5]]
+    h = flat(hx)
+    for states in (
+        [h[0][..., 1:], *h[1:]],
+        [h[0][..., :1, :], *h[1:]],
+        [h[0].to(F32), *h[1:]],
+        h * 3,
+        h[:1] * (3 - len(h)),
+    ):
+        wrong.append([x, states[0] if len(states) == 1 else tuple(states)])
+
+    def answer(arguments: list[Any]) -> str:
+        try:
+            ours(*arguments)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "right"
+
+    before = [answer(a) for a in wrong]
+    assert all(a != "right" for a in before)
+    ours(x, *hx)
+    ours(x, *hx)
+    assert [answer(a) for a in wrong] == before
+    assert True in taken
+
+
+def test_what_is_not_plain_goes_the_long_way(taken: list[bool]) -> None:
+    module = rnnattn.LSTM(I, H)
+    x = torch.randn(3, 2, I)
+    y, _ = module(x)
+    assert taken == []
+    module(x)
+    assert taken == [True]
+    taken.clear()
+    for what in (x[:, 0], x[:, :0], torch.complex(x, x).conj().imag, x.as_subclass(type("Sub", (Tensor,), {}))):
+        module(what)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x)[0].dtype == torch.bfloat16
+    with rnnattn.use_backend("reference"):
+        torch.testing.assert_close(module(x)[0], y)
+    with backends.recording() as calls:
+        module(x)
+    assert [chosen.backend for _, chosen in calls] == ["cpp"]
+    assert module(x, lengths=[3, 2])[0].shape == y.shape
+    assert True not in taken
+    module(x)
+    torch.func.vmap(lambda t: t * 2)(x)
+    assert torch.equal(module(x)[0], y)
+    assert taken[-1]  # a transform that has ended leaves nothing behind
+
+
+def test_a_tangent_is_not_lost(taken: list[bool]) -> None:
+    """Forward-mode differentiation is refused, not ignored."""
+    module = rnnattn.LSTM(I, H)
+    x = torch.randn(3, 2, I)
+    module(x), module(x)
+    prepared = module.eval().prepare_inference()
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        taken.clear()
+        for run in (module, prepared):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                if torch.autograd.forward_ad.unpack_dual(run(dual)[0]).tangent is None:
+                    raise AssertionError("the tangent is lost")
+    assert True not in taken
+
+
+def test_saved_tensor_hooks_see_what_is_saved(taken: list[bool]) -> None:
+    module = rnnattn.LSTM(I, H, dtype=F64)
+    x = torch.randn(3, 2, I, dtype=F64, requires_grad=True)
+    (want,) = torch.autograd.grad(module(x)[0].square().sum(), x)
+    packed = []
+
+    def pack(t: Tensor) -> Tensor:
+        packed.append(t)
+        return t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = module(x)[0]
+    assert taken == [True] and any(t is x for t in packed) and any(t is module.weight_hh_l0 for t in packed)
+    close(torch.autograd.grad(y.square().sum(), x)[0], want)
+
+
+@each_layer
+def test_a_module_that_was_called_can_be_copied(name: str, taken: list[bool]) -> None:
+    _, ours = twins(name)
+    given_arguments = arguments(ours)
+    for _ in range(2):
+        want = flat(ours(*given_arguments))
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        taken.clear()
+        assert all(torch.equal(a, b) for a, b in zip(flat(other(*given_arguments)), want, strict=True))
+        assert taken == [True]
