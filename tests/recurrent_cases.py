@@ -206,6 +206,7 @@ _EVERY = [
     RecurrentCase(4, 5, 1, 1, "I=1 and H=1: every tile is a tail (a shape whose one-number sums do not cancel)"),
     RecurrentCase(2, 5, 9, 33, "H one above a tile", states=True),
     RecurrentCase(17, 2, 4, 6, "B one above a tile"),
+    RecurrentCase(11, 2, 19, 37, "a few steps of more rows than the product of unpacked weights takes at once"),
     RecurrentCase(0, 3, 4, 5, "B=0: nothing to do, weight gradients are zero"),
     RecurrentCase(0, 3, 4, 5, "B=0 with lengths", lengths=()),
     RecurrentCase(4, 5, 6, 7, "ragged, with an empty row that keeps its state", lengths=(3, 0, 5, 1), states=True),

@@ -22,7 +22,6 @@ class Forward {
   using Row = typename W::Row;
   static constexpr bool kNarrow = sizeof(Row) < sizeof(F);  // products take x, h0 and y as they are stored
   static constexpr bool kTiles = W::kTileRows > 1;
-  static constexpr int64_t kFewRows = 4;
 
  public:
   Forward(const ForwardScan<F>& scan, const Member<F>& member)
@@ -96,7 +95,7 @@ class Forward {
   // A block's weights: packed before, or into memory that they leave in cache where a step or two is all they are for;
   // null for so few rows that they are multiplied as they lie.
   const Word* panel_of(const Word* packed, const Packing<F>& packing, int64_t block, int64_t rows) {
-    if (packed || rows <= kFewRows) return packed;
+    if (packed || rows <= kMostUnpacked) return packed;
     pack_panel_as<W>(packing, block, static_cast<Word*>(m.panel));
     return static_cast<const Word*>(m.panel);
   }
@@ -124,10 +123,11 @@ class Forward {
 
   template <typename Body>
   void for_unpacked(int64_t block, int64_t n, const Body& body) {
-    for (int64_t i = 0; i < n; ++i) {
-      alignas(64) F sums[kBlock];
-      multiply_unpacked(p.unpacked_hh, block, h_rows + i, 1, static_cast<const F*>(nullptr), sums);
-      body(i, 1, sums);
+    alignas(64) F sums[kMostUnpacked * kBlock];
+    for (int64_t first = 0; first < n; first += kMostUnpacked) {
+      const int64_t rows = n - first < kMostUnpacked ? n - first : kMostUnpacked;
+      multiply_unpacked(p.unpacked_hh, block, h_rows + first, rows, static_cast<const F*>(nullptr), sums);
+      body(first, rows, sums);
     }
   }
 

@@ -2,11 +2,15 @@
 // packing, the product with weights as they are.
 #pragma once
 
+#include <type_traits>
+
 #include "product_kernel.h"
 
 namespace {
 
 using rnnattn::Packing;
+
+constexpr int64_t kMostUnpacked = 16;  // rows that do not pay for packing the weights
 
 #if defined(__clang__)
 template <int D, typename F>
@@ -94,41 +98,82 @@ void pack_panel(const Packing<F>& p, int64_t block, void* panels) {
   pack_as(Full<F>{});
 }
 
-// The sum over k of a[k] w[k], w from an index on, in four parts that do not wait for one another.
-template <Stored S, typename F, typename Row>
-inline Vec<F> dot(const Row* a, const void* w, int64_t index, int64_t K) {
+// Lane l of the result is the total of sums[l]. Half of the vectors are folded onto the others, of ever smaller size.
+template <typename F, int D = kLanes<F> / 2>
+inline Vec<F> totals(Vec<F>* sums) {
+  RNNATTN_UNROLL for (int i = 0; i < D; ++i) exchange<D, F>(sums[i], sums[i + D]), sums[i] += sums[i + D];
+  if constexpr (D > 1) return totals<F, D / 2>(sums);
+  else return sums[0];
+}
+
+constexpr int kRowsOfDots = 4, kColumnsOfDots = 4;  // at once
+
+// out[r][c] = a[r] . w's column c for R rows and C columns that lie `apart`, each a vector of partial sums; out has L columns.
+// So few that they would wait for one another are taken in parts.
+template <int R, int C, Stored S, typename F, typename Row>
+[[gnu::noinline]] void dots(const Row* const* rows, const void* w, int64_t first, int64_t apart, int64_t K, Vec<F>* out) {
   constexpr int64_t L = kLanes<F>;
-  Vec<F> sums[4] = {};
+  constexpr int kParts = R * C < 4 ? 4 : 1;
+  Vec<F> sums[kParts][R][C] = {};
+  const auto add = [&](int part, int64_t k, int64_t n) __attribute__((always_inline)) {
+    Vec<F> column[C];
+    RNNATTN_UNROLL for (int c = 0; c < C; ++c) column[c] = load_stored<F>(S, w, first + c * apart + k, n);
+    RNNATTN_UNROLL for (int r = 0; r < R; ++r) {
+      const Vec<F> a = load_row(rows[r] + k, n);
+      RNNATTN_UNROLL for (int c = 0; c < C; ++c) sums[part][r][c] += a * column[c];
+    }
+  };
   int64_t k = 0;
-  for (; k + 4 * L <= K; k += 4 * L)
-    RNNATTN_UNROLL for (int64_t j = 0; j < 4; ++j)
-      sums[j] += load_row(a + k + j * L, L) * load_stored<F>(S, w, index + k + j * L, L);
-  for_lanes<F>(k, K, [&](int64_t at, int64_t n) { sums[0] += load_row(a + at, n) * load_stored<F>(S, w, index + at, n); });
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (; k + kParts * L <= K; k += kParts * L)
+    RNNATTN_UNROLL for (int part = 0; part < kParts; ++part) add(part, k + part * L, L);
+  for_lanes<F>(k, K, [&](int64_t at, int64_t n) { add(0, at, n); });
+  RNNATTN_UNROLL for (int r = 0; r < R; ++r)
+    RNNATTN_UNROLL for (int c = 0; c < C; ++c) {
+      Vec<F> sum = sums[0][r][c];
+      RNNATTN_UNROLL for (int part = 1; part < kParts; ++part) sum += sums[part][r][c];
+      out[r * L + c] = sum;
+    }
+}
+
+template <int C, Stored S, typename F, int R = kRowsOfDots, typename... Arguments>
+inline void dots_of(int64_t rows, Arguments... arguments) {
+  if constexpr (R > 1)
+    if (rows < R) return dots_of<C, S, F, R - 1>(rows, arguments...);
+  dots<R, C, S, F>(arguments...);
 }
 
 template <Stored S, typename F, typename Row>
 void multiply_unpacked_from(const Packing<F>& p, int64_t block, const Row* const* rows, int64_t n, const F* init, F* out) {
   constexpr int64_t L = kLanes<F>;
   const int64_t V = p.gates * p.units;
+  Vec<F> sums[kMostUnpacked][L];
   for (int64_t v = 0; v < V; ++v) {
     const int64_t unit = (block * p.units + v / p.gates) * L, units = lanes_left<F>(p.width, unit);
     const int64_t first = (v % p.gates * p.width + unit) * p.column_stride;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t l = units; l < L; ++l) sums[i][l] = Vec<F>{};
+    // A few columns with all rows: they are read from memory once.
+    const auto multiply = [&](auto columns, int64_t l) {
+      for (int64_t i = 0; i < n; i += kRowsOfDots)
+        dots_of<columns, S, F>(n - i, rows + i, p.w, first + l * p.column_stride, p.column_stride, p.K, &sums[i][l]);
+    };
+    int64_t l = 0;
+    if (n > 1)
+      for (; l + kColumnsOfDots <= units; l += kColumnsOfDots) multiply(std::integral_constant<int, kColumnsOfDots>{}, l);
+    for (; l < units; ++l) multiply(std::integral_constant<int, 1>{}, l);
     for (int64_t i = 0; i < n; ++i) {
-      Vec<F> sums[L] = {};
-      for (int64_t l = 0; l < units; ++l) sums[l] = dot<S, F>(rows[i], p.w, first + l * p.column_stride, p.K);
-      transpose<F>(sums);
-      Vec<F> sum = init ? load(init + v * L) : Vec<F>{};
-      for (int64_t l = 0; l < L; ++l) sum += sums[l];
-      store<F>(out + (i * V + v) * L, sum);
+      const Vec<F> sum = totals<F>(sums[i]);
+      store<F>(out + (i * V + v) * L, init ? sum + load(init + v * L) : sum);
     }
   }
 }
 
-// out[i] = init + a[i] w for n rows, w [gates * width, K] as torch holds it, out [rows][vectors][lanes]
-// as a product with a panel gives it. One row of w after the other, as they lie in memory.
+// out[i] = init + a[i] w for n rows, w [gates * width, K] as torch holds it, out [rows][vectors][lanes] as a product with
+// a panel gives it. Some rows of w after the others, as they lie in memory, once for every kMostUnpacked rows of a.
 template <typename F, typename Row>
 void multiply_unpacked(const Packing<F>& p, int64_t block, const Row* const* rows, int64_t n, const F* init, F* out) {
+  for (; n > kMostUnpacked; n -= kMostUnpacked, rows += kMostUnpacked, out += kMostUnpacked * p.gates * p.units * kLanes<F>)
+    multiply_unpacked(p, block, rows, kMostUnpacked, init, out);
   if constexpr (sizeof(F) == sizeof(float)) {
     if (p.stored == Stored::kBFloat16) return multiply_unpacked_from<Stored::kBFloat16>(p, block, rows, n, init, out);
     if (p.stored == Stored::kHalf) return multiply_unpacked_from<Stored::kHalf>(p, block, rows, n, init, out);

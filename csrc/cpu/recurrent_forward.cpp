@@ -20,8 +20,8 @@ namespace {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Steps times rows, and rows of a single step, that do not pay for packing the weights before the scan.
-constexpr int64_t kFewRows = 4, kRowsOfAStep = 64;
+// Whether steps are so few that they do not pay for packing the weights before the scan.
+bool are_few(int64_t T, int64_t B) { return T == 1 ? B <= 64 : T <= 8 && T * B <= 32; }
 
 // Scan steps whose input product a member computes at once: as many as leave its cache to the weights.
 int64_t chunk_steps(double rows, int64_t columns, int64_t element, int64_t T) {
@@ -83,7 +83,7 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
     matrix.allocate();
     to_pack.push_back(&matrix);
   };
-  const bool few = T * B <= kFewRows || (T == 1 && B <= kRowsOfAStep), unpacked = few && !weights[0].ih.panels.defined();
+  const bool few = are_few(T, B), unpacked = few && !weights[0].ih.panels.defined();
   for (auto& w : weights) {
     if (!few) pack(w.ih), pack(w.hh);
     if (w.hr) pack(*w.hr);
