@@ -8,6 +8,7 @@
 #include "cpu/workspace.h"
 #include "layer_call.h"
 #include "prepared_call.h"
+#include "weight_watch.h"
 
 namespace py = pybind11;
 
@@ -41,4 +42,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("empty_cache", &rnnattn::empty_workspace_cache, "Frees the memory that is kept for the next call; its bytes.");
   rnnattn::bind_layer_call(m);
   rnnattn::bind_prepared_call(m);
+  rnnattn::bind_weight_watch(m);
 }

@@ -174,7 +174,7 @@ def test_the_rules_see_what_they_should(part, package, source, reason):
 # Files of csrc, as a pattern of their path -> what they may not include, and why.
 FORBIDDEN_HEADERS = (
     (
-        r"(?!(bindings|call_arguments|layer_call|prepared_call)\.).*",
+        r"(?!(bindings|call_arguments|layer_call|prepared_call|weight_watch)\.).*",
         r"pybind11/|torch/extension\.h|torch/python\.h|Python\.h",
         "pybind11: bindings only",
     ),

@@ -43,6 +43,14 @@ def prepared_call(*arguments: Any) -> Any:
     return _C.PreparedCall(*arguments)
 
 
+def weight_watch(*arguments: Any) -> Any:
+    """A `WeightWatch` of the compiled extension (csrc/weight_watch.cpp)."""
+    native()
+    from rnnattn import _C
+
+    return _C.WeightWatch(*arguments)
+
+
 @functools.cache
 def call_layer() -> Any:
     """The function of the same name of the compiled extension (csrc/layer_call.cpp)."""

@@ -208,11 +208,10 @@ class PreparedRecurrent(_Prepared):
     and 0.9 % with matrices four times as large; it stops growing after some ten steps.
 
     Changes of the module's weights are not followed, they make every later call raise: see
-    `WeightWatch`, which costs a call some microseconds, and as long as the module lives a copy of its
-    weights. Once the module is gone, nothing is watched. The same holds of a copy by copy.deepcopy; one
-    that was pickled (for the same instruction set and version) watches nothing. There are no parameters,
-    and state_dict() is empty. torch.autocast and `use_backend` have no effect; torch.compile breaks its
-    graph here.
+    `WeightWatch`, which costs a call a few microseconds. Once the module is gone, nothing is watched. The
+    same holds of a copy by copy.deepcopy; one that was pickled (for the same instruction set and version)
+    watches nothing. There are no parameters, and state_dict() is empty. torch.autocast and `use_backend`
+    have no effect; torch.compile breaks its graph here.
 
     Raises (and `LSTM.prepare_inference`):
         RuntimeError: to(), half() and the like to another dtype or device; train(True).
