@@ -1,15 +1,14 @@
 #include "call_arguments.h"
 
 #include <ATen/ATen.h>
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
+
+#include "plain.h"
 
 namespace rnnattn {
 namespace {
 
 using at::Tensor;
-
-bool within(c10::DispatchKeySet keys, c10::DispatchKeySet others) { return (keys | others) == others; }
 
 bool state(const Called& module, PyObject* object, const Tensor& x, int64_t features, Tensor& out) {
   const int64_t B = x.size(module.layout.batch_first || module.layout.is_cell ? 0 : 1);
@@ -27,19 +26,10 @@ bool state(const Called& module, PyObject* object, const Tensor& x, int64_t feat
 
 }  // namespace
 
-bool plain_thread() {
-  using c10::DispatchKey;
-  constexpr c10::DispatchKeySet usual =
-      c10::default_included_set | c10::autocast_dispatch_keyset | c10::DispatchKeySet(DispatchKey::ADInplaceOrView);
-  return within(c10::impl::tls_local_dispatch_key_set().included_, usual) && !at::impl::torch_function_mode_enabled();
-}
-
 const Tensor* plain_tensor(PyObject* object, at::ScalarType dtype) {
-  using c10::DispatchKey;
-  constexpr c10::DispatchKeySet usual{DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU};
   if (!THPVariable_CheckExact(object)) return nullptr;
   const Tensor& t = THPVariable_Unpack(object);
-  return within(t.key_set(), usual) && t.is_cpu() && t.scalar_type() == dtype && !t._fw_grad(0).defined() ? &t : nullptr;
+  return is_plain(t, dtype) ? &t : nullptr;
 }
 
 std::optional<CallArguments> call_arguments(const Called& module, PyObject* input, PyObject* h, PyObject* c) {

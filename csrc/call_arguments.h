@@ -18,10 +18,7 @@ struct Called {
   int64_t I, LK, R, H;
 };
 
-// Whether nobody but autograd and autocast takes part in calls on this thread: no mode, no transform, no tracer.
-bool plain_thread();
-
-// The tensor of an object, where that is a dense one on the CPU of this dtype that nothing but a backward looks at; else null.
+// The tensor of an object, where that is plain and of no subclass; else null.
 const at::Tensor* plain_tensor(PyObject* object, at::ScalarType dtype);
 
 // The arguments of a call, where they are plain and of the right shapes, so that no check would have something to say. h and

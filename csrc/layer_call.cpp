@@ -11,6 +11,7 @@
 #include "call_arguments.h"
 #include "cpu/layer.h"
 #include "layer_function.h"
+#include "plain.h"
 
 namespace rnnattn {
 namespace {

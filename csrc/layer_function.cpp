@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "plain.h"
 #include "recurrent_layer.h"
 
 namespace rnnattn {
@@ -30,8 +31,8 @@ auto forward(const CallArguments& given, at::TensorList weights, const LayerSett
                     given.c0.defined() ? state_from_kernel(s.layout, c_n) : Tensor(), gates, cells};
 }
 
-// The operator that can itself be differentiated, or says that it cannot.
-Gradients differentiable_backward(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
+// By the operator, which sees to tensors of all kinds, and can itself be differentiated or says that it cannot.
+Gradients dispatched_backward(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
                                   const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const Tensor& y,
                                   const Tensor& gates, const Tensor& cells, const LayerSettings& s, Wanted wanted) {
   using Operator = Gradients(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
@@ -68,28 +69,30 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
     for (size_t n = 0; n < weights.size(); ++n) needs_dweights |= ctx->needs_input_grad(first + n);
     const Wanted wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1), needs_dweights};
 
-    // Those of gradients that are to be differentiated themselves are another operator's.
-    const bool differentiable = at::GradMode::is_enabled();
+    const auto plain = [&](const Tensor& t) { return !t.defined() || is_plain(t, t.scalar_type()); };
+    const bool direct = !at::GradMode::is_enabled() && plain_thread() && std::all_of(d.begin(), d.end(), plain) &&
+                        std::all_of(saved.begin(), saved.end(), plain);
     std::optional<at::AutoDispatchBelowADInplaceOrView> no_autograd;
-    if (!differentiable) no_autograd.emplace();
+    if (direct) no_autograd.emplace();
     const auto sequence = [&](const Tensor& t) { return sequence_to_kernel(s.layout, t); };
     const auto state = [&](const Tensor& t) { return state_to_kernel(s.layout, t); };
     const OptionalTensor dy = optional(sequence(d[0])), dh_n = optional(state(d[1])), dc_n = has_c ? optional(state(d[2])) : std::nullopt;
     const Tensor x = sequence(saved[0]), h0 = state(saved[1]), y = sequence(saved[3]);
     const OptionalTensor c0 = optional(state(saved[2]));
     const auto [dx, dh0, dc0, own] =
-        differentiable ? differentiable_backward(dy, dh_n, dc_n, x, h0, c0, weights, y, saved[4], saved[5], s, wanted)
-                       : recurrent_layer_backward(dy, dh_n, dc_n, x, h0, c0, weights, {}, {}, false, y, saved[4], saved[5], s.has_biases,
-                                                  direction(s.bidirectional), s.mode, wanted,
-                                                  !torch::autograd::get_current_graph_task_keep_graph());
+        direct ? recurrent_layer_backward(dy, dh_n, dc_n, x, h0, c0, weights, {}, {}, false, y, saved[4], saved[5], s.has_biases,
+                                          direction(s.bidirectional), s.mode, wanted,
+                                          !torch::autograd::get_current_graph_task_keep_graph())
+               : dispatched_backward(dy, dh_n, dc_n, x, h0, c0, weights, y, saved[4], saved[5], s, wanted);
 
     variable_list gradients{wanted.dx ? sequence_from_kernel(s.layout, dx) : Tensor(),
                             wanted.dh0 ? state_from_kernel(s.layout, dh0) : Tensor(), has_c ? state_from_kernel(s.layout, dc0) : Tensor()};
     gradients.resize(3 + weights.size() + 1);  // the last one for the settings
     const size_t directions = s.bidirectional ? 2 : 1, each = weights.size() / directions, own_each = own.size() / directions;
     for (size_t n = 0; needs_dweights && n < weights.size(); ++n) {
-      const size_t at = n % each;  // b_ih and b_hh share a gradient where there is one less
-      gradients[3 + n] = own[n / each * own_each + (at > 2 ? at - (each - own_each) : at)];
+      const size_t at = n % each, shared = each - own_each;  // b_ih and b_hh have the same numbers where there is one less
+      const Tensor& gradient = own[n / each * own_each + (at > 2 ? at - shared : at)];
+      gradients[3 + n] = shared && at == 3 ? gradient.clone() : gradient;
     }
     return gradients;
   }
@@ -99,7 +102,7 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
 
 std::tuple<Tensor, Tensor, Tensor> differentiable_layer(const CallArguments& given, at::TensorList weights, const LayerSettings& s) {
   const auto wants = [](const Tensor& t) { return t.defined() && t.requires_grad(); };
-  if (at::GradMode::is_enabled() &&
+  if (records_gradients() &&
       (wants(given.x) || wants(given.h0) || wants(given.c0) || std::any_of(weights.begin(), weights.end(), wants))) {
     variable_list out = RecurrentLayer::apply(given.x, given.h0, optional(given.c0), weights, s);
     return {out[0], out[1], given.c0.defined() ? out[2] : Tensor()};

@@ -8,6 +8,7 @@
 
 #include "call_arguments.h"
 #include "cpu/prepared.h"
+#include "plain.h"
 
 namespace rnnattn {
 namespace {

@@ -42,6 +42,8 @@ int64_t extent(const Tensor& t) {
 class WeightWatch {
  public:
   WeightWatch(const std::vector<pybind11::str>& names, const std::vector<pybind11::handle>& parameters, int64_t parts) {
+    TORCH_CHECK(names.size() == parameters.size() && parts > 0, "expected as many parameters as names, and at least one part");
+    for (const auto& p : parameters) TORCH_CHECK(THPVariable_Check(p.ptr()), "parameters: expected tensors");
     int64_t bytes = 0;
     for (size_t n = 0; n < names.size(); ++n) {
       const Tensor& p = THPVariable_Unpack(parameters[n].ptr());

@@ -11,6 +11,7 @@ import torch
 from cases import BF16, F32, F64, backend_parameters
 from tolerances import close
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import rnnattn
 from rnnattn import backends
@@ -183,7 +184,16 @@ def test_gradients_of_gradients_go_through_the_operator(name: str, taken: list[b
 def test_what_is_wrong_is_refused_as_before(name: str, taken: list[bool]) -> None:
     _, ours = twins(name)
     x, *hx = arguments(ours)
-    wrong: list[list[Any]] = [[x[..., 1:]], [x[None]], [x.to(F32), *hx], ["x"], [None], [x, *hx, 1, 2, 3, 4, 5]]
+    wrong: list[list[Any]] = [
+        [x, (None, None)],
+        [x, (flat(hx)[0], None)],
+        [x[..., 1:]],
+        [x[None]],
+        [x.to(F32), *hx],
+        ["x"],
+        [None],
+        [x, *hx, 1, 2, 3, 4, 5],
+    ]
     h = flat(hx)
     for states in (
         [h[0][..., 1:], *h[1:]],
@@ -264,6 +274,76 @@ def test_saved_tensor_hooks_see_what_is_saved(taken: list[bool]) -> None:
         y = module(x)[0]
     assert taken == [True] and any(t is x for t in packed) and any(t is module.weight_hh_l0 for t in packed)
     close(torch.autograd.grad(y.square().sum(), x)[0], want)
+
+
+@pytest.mark.parametrize("change", ["contiguous", "another order"])
+@each_layer
+def test_what_hooks_give_back_may_lie_otherwise(name: str, change: str, taken: list[bool]) -> None:
+    theirs, ours = twins(name)
+    given_arguments = arguments(ours, grad=True)
+    ours(*given_arguments)
+
+    def unpack(t: Tensor) -> Tensor:
+        if change == "contiguous":
+            return t.contiguous()
+        return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
+
+    gradients = []
+    for module in (theirs, ours):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = flat(module(*given_arguments))[0]
+        gradients.append(torch.autograd.grad(y.square().sum(), flat(given_arguments), allow_unused=True)[:1])
+    close(*gradients)
+    assert taken == [True]
+
+
+@each_layer
+def test_cotangents_of_other_kinds_go_through_the_operator(name: str, taken: list[bool]) -> None:
+    theirs, ours = twins(name)
+    given_arguments = arguments(ours, grad=True)
+    ours(*given_arguments)
+    want, got = (flat(module(*given_arguments))[0] for module in (theirs, ours))
+    negative = torch._neg_view(torch.randn_like(want))
+    assert negative.is_neg()
+    close(*(torch.autograd.grad(y, given_arguments[0], negative, retain_graph=True) for y in (got, want)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        (dx,) = torch.autograd.grad(got, given_arguments[0], torch.ones(want.shape, dtype=F64))
+    assert isinstance(dx, FakeTensor) and dx.shape == given_arguments[0].shape
+    assert taken == [True]
+
+
+@each_layer
+def test_no_two_gradients_share_memory(name: str, taken: list[bool]) -> None:
+    _, ours = twins(name)
+    for _ in range(2):  # the long way too
+        y = flat(ours(*arguments(ours)))[0]
+        gradients = torch.autograd.grad(y.sum(), list(ours.parameters()))
+        assert len({d.untyped_storage().data_ptr() for d in gradients}) == len(gradients)
+    assert taken == [True]
+
+
+def test_storage_that_was_freed_is_refused(taken: list[bool]) -> None:
+    module = rnnattn.LSTM(I, H)
+    x = torch.randn(3, 2, I)
+    freed = torch.randn(3, 2, I)
+    freed.untyped_storage().resize_(0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="x: expected a tensor with data"):
+            module(freed)
+        module(x)
+    module.weight_hh_l0.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="weights: expected a tensor with data"):
+        module(x)
+
+
+def test_a_nonlinearity_that_there_is_not_is_refused(taken: list[bool]) -> None:
+    cell = rnnattn.RNNCell(I, H)
+    x = torch.randn(2, I)
+    cell(x), cell(x)
+    for wrong in ("Tanh", None):
+        cell.nonlinearity = wrong
+        with pytest.raises(RuntimeError, match=f"Unknown nonlinearity: {wrong}"):
+            cell(x)
 
 
 @each_layer

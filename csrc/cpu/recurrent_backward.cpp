@@ -181,8 +181,8 @@ Gradients recurrent_layer_backward(const OptionalTensor& dy, const OptionalTenso
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
   return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     return backward<decltype(zero)>(dy, dh_n, dc_n, x, h0, c0, weights, contiguous(lengths), contiguous(resets),
-                                    reset_to_initial, y, gates, cells, has_biases, direction, parse_mode(mode), wanted,
-                                    overwrites);
+                                    reset_to_initial, y.contiguous(), gates.contiguous(), cells.contiguous(), has_biases, direction,
+                                    parse_mode(mode), wanted, overwrites);
   });
 }
 

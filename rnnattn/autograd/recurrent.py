@@ -135,17 +135,21 @@ def _gradients(  # type: ignore[no-untyped-def]
         mode, needs_dx, needs_dweights, backend,
     )  # fmt: skip
     # A gradient that is itself to be differentiated goes through the operator, which refuses.
-    if is_eager(x) and not torch.is_grad_enabled():
+    if all(is_eager(t) for t in (x, dy, dh_n, dc_n) if t is not None) and not torch.is_grad_enabled():
         dx, dh0, dc0, dweights = _backward(*arguments, overwrites_gates=own_gates and is_last_use())
     else:
         dx, dh0, dc0, dweights = torch.ops.rnnattn.recurrent_layer_backward(*arguments)
     dx, dc0 = dx if needs_dx else None, None if c0 is None else dc0
     if not needs_dweights:
         return dx, dh0, dc0, [None] * len(weights)
-    if has_biases and CELLS[mode].shared:  # b_ih and b_hh have one gradient
+    if has_biases and CELLS[mode].shared:  # b_ih and b_hh have the same, each its own to write to
         per_direction = len(dweights) // len(DIRECTIONS[direction])
         starts = range(0, len(dweights), per_direction)
-        dweights = [d for s in starts for d in (*dweights[s : s + 3], *dweights[s + 2 : s + per_direction])]
+        dweights = [
+            d
+            for s in starts
+            for d in (*dweights[s : s + 3], dweights[s + 2].clone(), *dweights[s + 3 : s + per_direction])
+        ]
     return dx, dh0, dc0, list(dweights)
 
 

@@ -198,7 +198,8 @@ class RNNCell(_Cell):
 
     @property
     def _mode(self) -> str:
-        return f"RNN_{self.nonlinearity.upper()}"
+        known = self.nonlinearity in functional.NONLINEARITIES  # it may have been set since
+        return f"RNN_{self.nonlinearity.upper()}" if known else "unknown"
 
     def _step(self, x: Tensor, states: States) -> States:
         if self.nonlinearity not in functional.NONLINEARITIES:

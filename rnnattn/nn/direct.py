@@ -15,6 +15,13 @@ from rnnattn.backends.cpp import call_layer
 from rnnattn.stack import takes_cpp
 
 
+def states_of(hx: Any, with_c: bool) -> tuple[Any, Any]:
+    """h and c as a direct call takes them, None for zeros; what is neither goes through as h, for others to refuse."""
+    if not with_c or hx is None or type(hx) is not tuple or len(hx) != 2 or hx[0] is None:
+        return hx, None
+    return hx
+
+
 class DirectCalls:
     """Base of the modules that call so. The first call of a kind tells, by the long way, whether others may."""
 
@@ -34,8 +41,9 @@ class DirectCalls:
         (selected, remembered_mode, dtype), allowed = self._direct
         if not allowed or selected != backends.selected() or remembered_mode != mode:
             return None
-        h, c = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
-        return call_layer()(input, h, c, weights, dtype, mode, has_biases, bidirectional, batch_first, is_cell)
+        return call_layer()(
+            input, *states_of(hx, mode == "LSTM"), weights, dtype, mode, has_biases, bidirectional, batch_first, is_cell
+        )
 
     def _remember(self, mode: str, input: Any, hidden_size: int) -> None:
         """Takes note of a call that has passed all checks."""

@@ -18,6 +18,7 @@ from rnnattn.autograd.eager import refuse_tangents
 from rnnattn.backends.cpp import build_info, native, prepared_call
 from rnnattn.checks import check_recurrent, checked_lengths, checked_resets
 from rnnattn.nn.cells import _Cell
+from rnnattn.nn.direct import states_of
 from rnnattn.nn.recurrent import Lengths, States, _Recurrent
 from rnnattn.nn.weight_watch import WeightWatch
 from rnnattn.reference import CELLS
@@ -242,8 +243,7 @@ class PreparedRecurrent(_Prepared):
         """
         self._watch.check()
         if lengths is None and resets is None:
-            h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
-            results = self._weights.call(input, h0, c0)
+            results = self._weights.call(input, *states_of(hx, self._has_c))
             if results is not None:
                 return results
         hx = hx if self._has_c or hx is None else (hx,)
@@ -269,8 +269,7 @@ class PreparedCell(_Prepared):
             RuntimeError: the cell's weights have changed; or grad mode is on and an input requires grad.
         """
         self._watch.check()
-        h, c = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
-        results = self._weights.call(input, h, c)
+        results = self._weights.call(input, *states_of(hx, self._has_c))
         return self._arguments._run_checked(input, hx) if results is None else results
 
 
