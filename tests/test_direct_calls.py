@@ -237,7 +237,7 @@ def test_what_is_not_plain_goes_the_long_way(taken: list[bool]) -> None:
         module(x)
     assert [chosen.backend for _, chosen in calls] == ["cpp"]
     assert module(x, lengths=[3, 2])[0].shape == y.shape
-    assert True not in taken
+    assert taken and True not in taken
     module(x)
     torch.func.vmap(lambda t: t * 2)(x)
     assert torch.equal(module(x)[0], y)
@@ -257,7 +257,7 @@ def test_a_tangent_is_not_lost(taken: list[bool]) -> None:
             with pytest.raises((RuntimeError, NotImplementedError)):
                 if torch.autograd.forward_ad.unpack_dual(run(dual)[0]).tangent is None:
                     raise AssertionError("the tangent is lost")
-    assert True not in taken
+    assert taken == [False]
 
 
 def test_saved_tensor_hooks_see_what_is_saved(taken: list[bool]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rnnattn import backends
 from rnnattn.backends.cpp import call_layer
+from rnnattn.reference import CELLS
 from rnnattn.stack import takes_cpp
 
 
@@ -41,9 +42,8 @@ class DirectCalls:
         (selected, remembered_mode, dtype), allowed = self._direct
         if not allowed or selected != backends.selected() or remembered_mode != mode:
             return None
-        return call_layer()(
-            input, *states_of(hx, mode == "LSTM"), weights, dtype, mode, has_biases, bidirectional, batch_first, is_cell
-        )
+        h, c = states_of(hx, CELLS[mode].has_c)
+        return call_layer()(input, h, c, weights, dtype, mode, has_biases, bidirectional, batch_first, is_cell)
 
     def _remember(self, mode: str, input: Any, hidden_size: int) -> None:
         """Takes note of a call that has passed all checks."""
