@@ -7,6 +7,7 @@
 #include <string>
 
 #include "call_arguments.h"
+#include "cpu/layer.h"
 #include "cpu/prepared.h"
 #include "plain.h"
 
@@ -23,7 +24,7 @@ class PreparedCall {
     const auto [LK, R, H] = states;
     std::vector<Tensor> tensors;
     for (const auto& t : prepared) tensors.push_back(THPVariable_Unpack(t.ptr()));
-    module_ = {{batch_first, is_cell}, mode == "LSTM", THPVariable_Unpack(dtype_of.ptr()).scalar_type(), I, LK, R, H};
+    module_ = {{batch_first, is_cell}, parse_mode(mode) == Mode::kLstm, THPVariable_Unpack(dtype_of.ptr()).scalar_type(), I, LK, R, H};
     stack_ = prepared_stack(std::move(tensors), bidirectional, mode, module_.dtype, I, H, R);
   }
 

@@ -323,14 +323,28 @@ def test_no_two_gradients_share_memory(name: str, taken: list[bool]) -> None:
 
 
 def test_storage_that_was_freed_is_refused(taken: list[bool]) -> None:
+    def freed(*shape: int) -> Tensor:
+        t = torch.randn(shape)
+        t.untyped_storage().resize_(0)
+        return t
+
     module = rnnattn.LSTM(I, H)
-    x = torch.randn(3, 2, I)
-    freed = torch.randn(3, 2, I)
-    freed.untyped_storage().resize_(0)
-    for _ in range(2):
+    x, state = torch.randn(3, 2, I, requires_grad=True), torch.randn(1, 2, H)
+    with torch.no_grad():
+        prepared = rnnattn.LSTM(I, H).eval().prepare_inference()
+    for called in (module, prepared, module, prepared):  # the second time each goes directly
         with pytest.raises(RuntimeError, match="x: expected a tensor with data"):
-            module(freed)
-        module(x)
+            called(freed(3, 2, I))
+        # Before a call goes directly, torch says so of the layer's part of the states.
+        with pytest.raises(RuntimeError, match=r"h0: expected a tensor with data|storage of size 0"):
+            called(x.detach(), (freed(1, 2, H), state))
+        with pytest.raises(RuntimeError, match=r"c0: expected a tensor with data|storage of size 0"):
+            called(x.detach(), (state, freed(1, 2, H)))
+        called(x.detach())
+    y = module(x)[0]
+    y.detach().untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="y: expected a tensor with data"):
+        y.backward(torch.ones(3, 2, H))
     module.weight_hh_l0.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="weights: expected a tensor with data"):
         module(x)

@@ -5,9 +5,6 @@
 #include "forward_scan.h"
 #include "isa.h"
 
-#define RNNATTN_CONCAT_(a, b) a##b
-#define RNNATTN_CONCAT(a, b) RNNATTN_CONCAT_(a, b)
-
 namespace {
 
 void forward_scan_of_bfloat16(const ForwardScan<float>& scan, const Member<float>& member) {

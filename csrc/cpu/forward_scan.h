@@ -52,7 +52,7 @@ class Forward {
           const auto put = [&](int64_t first, int64_t rows, const F* sums) {
             units(block, step, first, rows, gates_x + first * kBlock, sums);
           };
-          const Word* panel = panel_of(p.w_hh ? w_hh(block) : nullptr, p.unpacked_hh, block, running);
+          const Word* panel = panel_of(w_hh(block), p.unpacked_hh, block, running);
           const Word* after = !p.w_hh ? panel : ahead ? w_hh(next) : w_ih(next);
           const Product<F, W> product{h_rows, p.R, panel, after, scale(p.scale_hh, block)};
           if (!panel) for_unpacked(block, running, put);
@@ -88,8 +88,12 @@ class Forward {
     return count;
   }
 
-  const Word* w_ih(int64_t block) const { return static_cast<const Word*>(p.w_ih) + block * words<W>(p.I) * kBlock; }
-  const Word* w_hh(int64_t block) const { return static_cast<const Word*>(p.w_hh) + block * words<W>(p.R) * kBlock; }
+  // A block's panel, or null where none was packed.
+  const Word* w_ih(int64_t block) const { return panel_in(p.w_ih, p.I, block); }
+  const Word* w_hh(int64_t block) const { return panel_in(p.w_hh, p.R, block); }
+  static const Word* panel_in(const void* panels, int64_t K, int64_t block) {
+    return panels ? static_cast<const Word*>(panels) + block * words<W>(K) * kBlock : nullptr;
+  }
   static const F* scale(const F* scales, int64_t block) { return scales ? scales + block * kBlock : nullptr; }
 
   // A block's weights: packed before, or into memory that they leave in cache where a step or two is all they are for;
@@ -102,7 +106,7 @@ class Forward {
 
   void input_product(int64_t block, int64_t n, const Word* ahead, F* out) {
     const F* bias = p.bias ? p.bias + block * kBlock : nullptr;
-    const Word* panel = panel_of(p.w_ih ? w_ih(block) : nullptr, p.unpacked_ih, block, n);
+    const Word* panel = panel_of(w_ih(block), p.unpacked_ih, block, n);
     if (panel) multiply<V, F, W>({x_rows, p.I, panel, p.w_ih ? ahead : panel, scale(p.scale_ih, block)}, 0, n, bias, out);
     else multiply_unpacked(p.unpacked_ih, block, x_rows, n, bias, out);
   }

@@ -7,6 +7,10 @@
 #include "../attention_pool.h"
 #include "../recurrent.h"
 
+// A name that ends in that of the instruction set in RNNATTN_ISA.
+#define RNNATTN_CONCAT_(a, b) a##b
+#define RNNATTN_CONCAT(a, b) RNNATTN_CONCAT_(a, b)
+
 namespace rnnattn {
 
 template <typename F>

@@ -5,8 +5,6 @@
 #include "isa.h"
 #include "panels.h"
 
-#define RNNATTN_CONCAT_(a, b) a##b
-#define RNNATTN_CONCAT(a, b) RNNATTN_CONCAT_(a, b)
 #define RNNATTN_TEXT_(a) #a
 #define RNNATTN_TEXT(a) RNNATTN_TEXT_(a)
 

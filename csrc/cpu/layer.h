@@ -39,6 +39,12 @@ inline Stored stored_as(at::ScalarType dtype) {
   return dtype == at::kBFloat16 ? Stored::kBFloat16 : dtype == at::kHalf ? Stored::kHalf : Stored::kFull;
 }
 
+// A storage can be freed under its tensor: torch's own operators notice, pointers would not.
+inline void check_allocated(const char* name, const OptionalTensor& t) {
+  TORCH_CHECK(!t || !t->defined() || t->numel() == 0 || t->storage().nbytes() > 0, name,
+              ": expected a tensor with data, got one whose storage was freed");
+}
+
 struct DirectionWeights {  // contiguous; the matrices may be of another dtype than the rest
   Tensor w_ih, w_hh;       // [G H, I], [G H, R]
   Tensor b_ih, b_hh;       // [G H], or undefined

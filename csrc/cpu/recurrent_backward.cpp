@@ -24,6 +24,9 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
                    const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
                    const OptionalTensor& resets, bool reset_to_initial, const Tensor& y, const Tensor& gates, const Tensor& cells,
                    bool has_biases, std::string_view direction, Mode mode, Wanted wanted, bool overwrites) {
+  for (const Tensor& w : weights) check_allocated("weights", w);
+  check_allocated("x", x), check_allocated("h0", h0), check_allocated("c0", c0), check_allocated("dy", dy_given);
+  check_allocated("y", y), check_allocated("gates", gates), check_allocated("cells", cells);
   const auto reverses = parse_direction(direction);
   const auto acc = c10::CppTypeToScalarType<F>::value;
   const auto dtype = x.scalar_type();

@@ -29,10 +29,6 @@ int64_t chunk_steps(double rows, int64_t columns, int64_t element, int64_t T) {
   return std::clamp<int64_t>(static_cast<int64_t>(rows_at_once / std::max(1.0, rows)), 1, T);
 }
 
-void check_allocated(const Tensor& t, const char* name) {
-  TORCH_CHECK(t.numel() == 0 || t.storage().nbytes() > 0, name, ": expected a tensor with data, got one whose storage was freed");
-}
-
 char* bytes(const Tensor& t, int64_t index) { return static_cast<char*>(t.data_ptr()) + index * t.element_size(); }
 
 // What stands behind a row's length, and the last states.
@@ -61,6 +57,7 @@ template <typename F>
 Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c0, std::vector<ForwardWeights<F>>& weights,
                 const OptionalTensor& lengths, const OptionalTensor& resets, bool reset_to_initial,
                 const std::vector<bool>& reverses, Mode mode, bool save, int64_t calls = 0) {
+  check_allocated("x", x_given), check_allocated("h0", h0), check_allocated("c0", c0);
   const auto acc = c10::CppTypeToScalarType<F>::value;
   const Stored stored = stored_as(x_given.scalar_type());
   const Tensor x = x_given.stride(2) == 1 || x_given.size(2) == 1 ? x_given : x_given.contiguous();
@@ -246,8 +243,7 @@ Outputs recurrent_layer_forward(const Tensor& x, const Tensor& h0, const Optiona
   adapt_to_fork();
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
   const Mode mode = parse_mode(mode_name);
-  check_allocated(x, "x");
-  for (const Tensor& w : weights) check_allocated(w, "weights");
+  for (const Tensor& w : weights) check_allocated("weights", w);
   return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     using F = decltype(zero);
     auto packed = forward_weights<F>(weights, has_biases, h0.size(0), mode, weights[0].size(0) / weight_gates(mode));
