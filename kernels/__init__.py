@@ -1,21 +1,24 @@
 """The Triton kernels and their launchers. Imports torch and triton only; installed as `rnnattn.kernels`.
 
-One file per idea: `lstm_cell` (the pointwise part of a step), `linear_pool` and `additive_pool`
-(attention pooling by score function), `pool_parts` (what the two share), `math` (elementwise functions).
+One file per idea: `step_forward` and `step_backward` (the pointwise part of a recurrent step), `step_rows`
+(what the two share), `linear_pool` and `additive_pool` (attention pooling by score function), `pool_parts`
+(what these share), `math` (elementwise functions).
 
-Notation: B batch, T time, H hidden size, D feature size, A attention size; S parts of a row of x that
-is split over time, N rows of a flattened chunk. Arithmetic is fp32, tensors are fp32, bf16 or fp16.
+Notation: B batch, T time, H hidden size, G blocks of H columns and S saved values a unit of a cell, D feature
+size, A attention size; S parts of a row of x that is split over time, N rows of a flattened chunk. Arithmetic
+is fp32, tensors are fp32, bf16 or fp16.
 """
 
 from rnnattn.kernels.additive_pool import additive_pool_backward, additive_pool_forward
 from rnnattn.kernels.linear_pool import linear_pool_backward, linear_pool_forward
-from rnnattn.kernels.lstm_cell import lstm_cell_backward, lstm_cell_forward
+from rnnattn.kernels.step_backward import step_backward
+from rnnattn.kernels.step_forward import step_forward
 
 __all__ = [
     "additive_pool_backward",
     "additive_pool_forward",
     "linear_pool_backward",
     "linear_pool_forward",
-    "lstm_cell_backward",
-    "lstm_cell_forward",
+    "step_backward",
+    "step_forward",
 ]

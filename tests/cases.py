@@ -98,17 +98,21 @@ def runs(cases: Iterable[Case], names: Iterable[str] = tuple(DTYPES), few: bool 
     """backend x case x dtype as parameters; one skipped entry for a backend that cannot run here.
 
     Interpreted kernels are slow: they run the first case in every dtype, the others in fp32 and fp16 (bf16
-    is rounded wrongly there, see tolerances.py), and long tests (few) in fp16 alone.
+    is rounded wrongly there, see tolerances.py), or where there are hundreds in these by turns, and long tests
+    (few) in fp16 alone.
     """
     interpreted = not torch.cuda.is_available()
     cases, parameters = list(cases), []
     for name in names:
         marks = _skipped(name)
-        for case in cases[:1] if marks else cases:
+        for n, case in enumerate(cases[:1] if marks else cases):
             dtypes = DTYPES[name]
-            if name == "triton" and interpreted and (few or case is not cases[0]):
+            sampled = name == "triton" and interpreted and (few or n > 0)
+            if sampled:
                 dtypes = (F16,) if few else (F32, F16)
             dtypes = tuple(dtype for dtype in dtypes if case.offered(name, dtype))
+            if sampled and len(cases) >= 100:
+                dtypes = dtypes[n % len(dtypes) :][:1]
             for dtype in dtypes[:1] if marks else dtypes:
                 parameters.append(pytest.param(name, case, dtype, id=f"{name}-{case.id}-{SHORT[dtype]}", marks=marks))
     return parameters

@@ -63,9 +63,7 @@ class RecurrentCase:
         return self.mode.split("_")[0].lower() + ("" if self.scale == 1 else "_large")
 
     def offered(self, backend: str, dtype: torch.dtype) -> bool:
-        if backend in ("triton", "cuda") and self.mode != "LSTM":
-            return False
-        if backend in ("triton", "cuda", "torch") and self.resets:
+        if backend == "torch" and self.resets:
             return False
         if backend == "torch" and (self.B == 0 or self.direction == "reverse"):
             return False

@@ -223,10 +223,10 @@ def test_devices_are_refused_by_name(name: str, device: str) -> None:
     assert reason is not None and device in reason
 
 
-def test_gpu_kernels_of_a_gru_are_not_promised() -> None:
-    for name, op in itertools.product(("triton", "cuda"), ("gru", "rnn")):
-        assert backends.get(name).unsupported(Call(op, "cuda", F32, 4, 8, 16, 16)) == "it has no GRU or RNN kernels yet"
-        assert backends.get(name).unsupported(Call("lstm", "cuda", F32, 4, 8, 16, 16)) is None
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_every_cell_has_gpu_kernels(name: str) -> None:
+    for op, resets in itertools.product(("lstm", "gru", "rnn"), (False, True)):
+        assert backends.get(name).unsupported(Call(op, "cuda", F32, 4, 8, 16, 16, resets=resets)) is None
 
 
 @pytest.mark.parametrize("op", ["gru", "rnn"])

@@ -18,11 +18,11 @@ import pytest
 import torch
 from cases import BF16, F16, F32, F64, SHORT, Case, strided, truth
 from pool_cases import POOL_CASES, PoolCase
-from recurrent_cases import LSTM_CASES, RecurrentCase
+from recurrent_cases import LSTM_CASES, MODES, RECURRENT_CASES, RecurrentCase
 from tolerances import assert_close
 from torch import Tensor
 
-from rnnattn import backends
+from rnnattn import backends, reference
 from rnnattn.backends import cuda, pool_gemms
 from rnnattn.backends.base import Call
 from rnnattn.backends.cuda import Cuda, runs_on
@@ -35,6 +35,7 @@ DTYPES = (F32, BF16, F16)
 
 EXTRA_CASES: list[Case] = [
     RecurrentCase(5, 3, 4, 260, "H above one block of units", lengths=(3, 1, 0, 2, 3)),
+    RecurrentCase(5, 3, 4, 260, "H above one block of units", mode="GRU", lengths=(3, 1, 0, 2, 3)),
     PoolCase(2, 300, 24, 0, "time split into parts of several tiles", lengths=(300, 70)),
     PoolCase(2, 100, 8, 20, "time split, additive, a part without a kept step", lengths=(33, 100)),
     PoolCase(2, 34, 1032, 0, "D above one block of fp32 vectors", mask="holes"),
@@ -131,7 +132,7 @@ def emulated(library: Any, monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
 def parameters() -> Iterator[Any]:
     """fp16 differs from bf16 in its conversions alone: one case of each operation shows those."""
-    cases: list[Case] = [*LSTM_CASES, *POOL_CASES, *EXTRA_CASES]
+    cases: list[Case] = [*RECURRENT_CASES, *POOL_CASES, *EXTRA_CASES]
     for case in cases:
         for dtype in DTYPES if case in (LSTM_CASES[0], *POOL_CASES[:2]) else (F32, BF16):
             if not case.offered("cuda", dtype):
@@ -147,34 +148,46 @@ def test_emulated(case: Case, dtype: torch.dtype, emulated: Cuda) -> None:
         assert got["dx"][~case.kept()].eq(0).all()
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
-def test_cell_with_strided_rows(dtype: torch.dtype, library: Any) -> None:
+def test_step_with_strided_rows(dtype: torch.dtype, mode: str, library: Any) -> None:
     """Rows apart from each other, at addresses that no vector fits, give what dense rows give."""
-    B, H = 3, 8
+    B, H, cell = 3, 8, reference.CELLS[mode]
+    G, S = cell.blocks * H, cell.saved * H
     draw = torch.Generator().manual_seed(0)
 
-    def apart(*shape: int, of: torch.dtype = F32) -> Tensor:
-        padded = torch.randn(shape[0], shape[1] + 3, generator=draw).to(of)
-        return padded[:, 1:-2]
+    def apart(width: int, of: torch.dtype = F32) -> Tensor:
+        return torch.randn(B, width + 3, generator=draw).to(of)[:, 1:-2]
 
-    lengths = torch.tensor([2, 1, 5])
-    gates_x, gates_h, c_prev = apart(B, 4 * H), apart(B, 4 * H), apart(B, H)
-    outputs = apart(B, 4 * H, of=dtype), apart(B, H), apart(B, H, of=dtype), apart(B, H, of=dtype)
-    h_prev = apart(B, H, of=dtype)
-    dense = [a.clone() for a in outputs]
-    library.lstm_cell_forward(gates_x, gates_h, c_prev, h_prev, lengths, 1, *outputs)
-    inputs = [a.contiguous() for a in (gates_x, gates_h, c_prev, h_prev)]
-    library.lstm_cell_forward(*inputs, lengths, 1, *dense)
-    for strided_output, dense_output in zip(outputs, dense, strict=True):
-        torch.testing.assert_close(strided_output, dense_output, rtol=0, atol=0)
+    def dense(value: Any) -> Any:
+        return value.contiguous() if isinstance(value, Tensor) else value
 
-    gates, c = dense[:2]
-    dh, dc, d_gates = apart(B, H), apart(B, H), apart(B, 4 * H, of=dtype)
-    dense_dc, dense_d_gates = dc.clone(), d_gates.clone()
-    library.lstm_cell_backward(dh.contiguous(), dense_dc, gates, c, c_prev.contiguous(), lengths, 1, dense_d_gates)
-    library.lstm_cell_backward(dh, dc, outputs[0], outputs[1], c_prev, lengths, 1, d_gates)
-    torch.testing.assert_close(dc, dense_dc, rtol=0, atol=0)
-    torch.testing.assert_close(d_gates, dense_d_gates, rtol=0, atol=0)
+    def same(strided_outputs: list[Any], dense_outputs: list[Any]) -> None:
+        for strided_output, dense_output in zip(strided_outputs, dense_outputs, strict=True):
+            if strided_output is not None:
+                torch.testing.assert_close(strided_output, dense_output, rtol=0, atol=0)
+
+    lengths, resets = torch.tensor([2, 1, 5]), torch.tensor([True, False, False])
+    bias_q = torch.randn(H, generator=draw).to(dtype) if mode == "GRU" else None
+    h_prev, c_prev = apart(H, dtype), apart(H) if cell.has_c else None
+    to = apart(G), apart(H, dtype), apart(H) if cell.has_c else None  # what resets put in their place
+    inputs = [apart(G), apart(G), bias_q, h_prev, c_prev, lengths, 1, resets, *to]
+    outputs = [apart(S, dtype) if S else None, apart(H) if cell.has_c else None, apart(H, dtype), apart(H, dtype)]
+    copies = [dense(a) for a in outputs]
+    library.step_forward(mode, *inputs, *outputs)
+    library.step_forward(mode, *(dense(a) for a in inputs), *copies)
+    same(outputs, copies)
+
+    gates, c, y, _ = outputs
+    given = [apart(H, dtype), apart(H)]
+    both_ways = [apart(H), apart(H) if cell.has_c else None]
+    saved = [gates, y, h_prev, c, c_prev, lengths, 1, resets, ~resets, to[2]]
+    gathered = [apart(H), apart(H) if cell.has_c else None]
+    out = [apart(G, dtype), None if cell.shared else apart(G, dtype)]
+    copies = [dense(a) for a in (*both_ways, *gathered, *out)]
+    library.step_backward(mode, *(dense(a) for a in given), *copies[:2], *(dense(a) for a in saved), *copies[2:])
+    library.step_backward(mode, *given, *both_ways, *saved, *gathered, *out)
+    same([*both_ways, *gathered, *out], copies)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
@@ -203,17 +216,39 @@ def test_additive_backward_in_chunks(emulated: Cuda, monkeypatch: pytest.MonkeyP
 
 
 def test_bad_arguments_are_named(library: Any) -> None:
-    a, c = torch.zeros(2, 8), torch.zeros(2, 2)
-    with pytest.raises(RuntimeError, match=r"lstm_cell_forward: gates_h: expected shape \[2, 8\], got \[2, 7\]"):
-        library.lstm_cell_forward(a, a[:, 1:], c, None, None, 0, None, c, c, None)
+    a, c, none = torch.zeros(2, 8), torch.zeros(2, 2), None
+
+    def forward(mode: str = "LSTM", **changed: Any) -> None:
+        given = {"gates_x": a, "gates_h": a, "bias_q": none, "h_prev": c, "c_prev": c, "lengths": none, "t": 0,
+                 "resets": none, "gates_reset": none, "h_reset": none, "c_reset": none, "gates": a, "c": c, "y": c,
+                 "h": none}  # fmt: skip
+        library.step_forward(mode, **(given | changed))
+
+    def backward(mode: str = "LSTM", **changed: Any) -> None:
+        given = {"dy": c, "product": c, "dh": none, "dc": c, "gates": a, "y": c, "h_prev": c, "c": c, "c_prev": c,
+                 "lengths": none, "t": 0, "resets": none, "resets_after": none, "c_reset": none, "dh_reset": none,
+                 "dc_reset": none, "da": a.clone(), "db": none}  # fmt: skip
+        library.step_backward(mode, **(given | changed))
+
+    forward(), backward()
+    with pytest.raises(RuntimeError, match=r"step_forward: gates_h: expected shape \[2, 8\], got \[2, 7\]"):
+        forward(gates_h=a[:, 1:])
     with pytest.raises(RuntimeError, match="c_prev: expected dtype Float, got Double"):
-        library.lstm_cell_forward(a, a, c.to(F64), None, None, 0, None, c, c, None)
-    with pytest.raises(RuntimeError, match=r"dh: expected stride 1 in the last dimension, got 2"):
-        library.lstm_cell_backward(strided(c), c, a, c, c, None, 0, a)
+        forward(c_prev=c.to(F64))
+    with pytest.raises(RuntimeError, match=r"dy: expected stride 1 in the last dimension, got 2"):
+        backward(dy=strided(c))
     with pytest.raises(RuntimeError, match="expected dtype Float, Half or BFloat16, got Double"):
-        library.lstm_cell_backward(c, c, a.to(F64), c, c, None, 0, a.to(F64))
-    with pytest.raises(RuntimeError, match="h_prev: expected a tensor with h and lengths, got None"):
-        library.lstm_cell_forward(a, a, c, None, torch.tensor([1, 1]), 0, None, c, c, c)
+        backward(**{name: t.to(F64) for name, t in {"dy": c, "gates": a, "y": c, "h_prev": c, "da": a}.items()})
+    with pytest.raises(RuntimeError, match="h_prev: expected a tensor for LSTM, got None"):
+        forward(lengths=torch.tensor([1, 1]), h=c, h_prev=none)
+    with pytest.raises(RuntimeError, match="h_prev: expected a tensor for GRU, got None"):
+        forward("GRU", gates_x=a[:, :6], gates_h=a[:, :6], h_prev=none)
+    with pytest.raises(RuntimeError, match="y: expected a tensor for RNN_RELU, got None"):
+        backward("RNN_RELU", da=c.clone(), y=none)
+    with pytest.raises(RuntimeError, match="resets: expected dtype Bool, got Long"):
+        forward(resets=torch.tensor([1, 1]))
+    with pytest.raises(RuntimeError, match="mode: expected LSTM, GRU, RNN_TANH or RNN_RELU, got QRNN"):
+        forward("QRNN")
 
 
 def test_architectures() -> None:

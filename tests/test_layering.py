@@ -229,10 +229,10 @@ def test_what_is_compiled_per_instruction_set_reaches_no_torch_header():
         ("cpu/lstm_kernel.h", "ATen/Parallel.h", False),
         ("cpu/kernels.cpp", "c10/util/Half.h", False),
         ("dispatch.h", "ATen/core/Tensor.h", True),
-        ("cuda/lstm_cell.cu", "torch/csrc/stable/tensor.h", True),
-        ("cuda/lstm_cell.cu", "ATen/cuda/CUDAContext.h", False),
-        ("cuda/lstm_cell_kernel.cuh", "torch/csrc/stable/tensor.h", False),
-        ("cuda/lstm_cell_kernel.cuh", "cuda_bf16.h", True),
+        ("cuda/recurrent_step.cu", "torch/csrc/stable/tensor.h", True),
+        ("cuda/recurrent_step.cu", "ATen/cuda/CUDAContext.h", False),
+        ("cuda/recurrent_step_kernel.cuh", "torch/csrc/stable/tensor.h", False),
+        ("cuda/recurrent_step_kernel.cuh", "cuda_bf16.h", True),
     ],
 )
 def test_the_header_rules_see_what_they_should(name, header, allowed):

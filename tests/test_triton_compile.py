@@ -15,10 +15,9 @@ from triton_resources import DTYPES, SHARED_LIMIT
 pytest.importorskip("triton")
 
 KERNELS = {
-    f"{file}.{kernel}_kernel"
-    for file in ("lstm_cell", "linear_pool", "additive_pool")
-    for kernel in ("forward", "backward")
-} | {"pool_parts.combine_kernel"}
+    f"{file}.{kernel}_kernel" for file in ("linear_pool", "additive_pool") for kernel in ("forward", "backward")
+} | {"step_forward.forward_kernel", "step_backward.backward_kernel", "pool_parts.combine_kernel"}
+MODES = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
 
 
 @pytest.fixture(scope="module", params=sorted(SHARED_LIMIT), ids="sm_{}".format)
@@ -36,6 +35,8 @@ def test_every_kernel_compiles_in_every_dtype(rows: list[dict[str, Any]]) -> Non
     # Between fp32 and tf32 only kernels with a product differ.
     compiled = {(row["kernel"], row["dtype"]) for row in rows}
     assert compiled >= {(kernel, dtype) for kernel in KERNELS for dtype in DTYPES}
+    steps = {(row["kernel"], row["case"].split()[0]) for row in rows if row["kernel"].startswith("step_")}
+    assert {mode for _, mode in steps} == set(MODES) and len(steps) == 2 * len(MODES)
 
 
 def test_no_registers_are_spilled(rows: list[dict[str, Any]]) -> None:

@@ -22,7 +22,7 @@ if reason := backends.unavailable("triton"):
 
 import triton.language as tl  # noqa: E402
 
-from rnnattn.kernels import additive_pool, linear_pool, lstm_cell_backward, lstm_cell_forward  # noqa: E402
+from rnnattn.kernels import additive_pool, linear_pool, step_backward, step_forward  # noqa: E402
 from rnnattn.kernels.math import sigmoid, tanh, tanh_absolute  # noqa: E402
 from rnnattn.kernels.pool_parts import multiprocessors, split_time  # noqa: E402
 
@@ -147,11 +147,14 @@ def test_pooling_writes_its_outputs_and_nothing_else(guarded: None, A: int, dtyp
 
 @DTYPES
 @pytest.mark.parametrize("H", [1, 37, 300], ids="H{}".format)
-def test_cell_against_autograd(H: int, dtype: torch.dtype) -> None:
-    """Rows with gaps; the outputs are views of NaN, of which only the rows may be overwritten."""
-    B, t, gap = 5, 2, 3
-    lengths = torch.tensor([3, 2, 0, 9, 1], device=DEVICE)
-    valid = (t < lengths)[:, None]
+@pytest.mark.parametrize("mode", reference.CELLS)
+def test_step_against_autograd(mode: str, H: int, dtype: torch.dtype) -> None:
+    """Rows with gaps; the outputs are views of NaN, of which only the rows may be overwritten. Row 1 and 2 are
+    invalid, row 3 is reset, row 4 is one that the step after does not start from."""
+    B, t, gap, cell = 5, 2, 3, reference.CELLS[mode]
+    G, S, eps = cell.blocks * H, cell.saved * H, torch.finfo(dtype).eps
+    lengths = torch.tensor([3, 2, 0, 9, 5], device=DEVICE)
+    valid, resets, cut = (t < lengths)[:, None], lengths == 9, lengths == 5
 
     def rows(width: int, like: torch.dtype = torch.float32) -> Tensor:
         return torch.full((B, width + gap), torch.nan, dtype=like, device=DEVICE)[:, :width]
@@ -159,36 +162,64 @@ def test_cell_against_autograd(H: int, dtype: torch.dtype) -> None:
     def filled(width: int, like: torch.dtype = torch.float32) -> Tensor:
         return rows(width, like).copy_(normal(B, width))
 
-    gates_x, gates_h, c_prev, h_prev = filled(4 * H), filled(4 * H), filled(H), filled(H, dtype)
+    def of_lstm(a: Tensor) -> Tensor | None:
+        return a if cell.has_c else None
+
+    gates_x, gates_h, gates_reset = filled(G), filled(G), filled(G)
     gates_x[~valid[:, 0]] = torch.nan
-    gates, c, y, h = rows(4 * H, dtype), rows(H), rows(H, dtype), rows(H, dtype)
-    lstm_cell_forward(gates_x, gates_h, c_prev, h_prev, lengths, t, gates, c, y, h)
+    h_prev, h_reset, c_prev, c_reset = filled(H, dtype), filled(H, dtype), filled(H), filled(H)
+    bias_q = normal(H, dtype=dtype) if mode == "GRU" else None
+    gates, c, y, h = rows(S, dtype) if S else None, of_lstm(rows(H)), rows(H, dtype), rows(H, dtype)
+    step_forward(
+        mode, gates_x, gates_h, bias_q, h_prev, of_lstm(c_prev), lengths, t, resets, gates_reset, h_reset,
+        of_lstm(c_reset), gates, c, y, h,
+    )  # fmt: skip
 
-    sums = (gates_x.double() + gates_h.double()).requires_grad_()
-    c_before = c_prev.double().requires_grad_()
-    i, f, g, o = sums.chunk(4, -1)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    c_true = f * c_before + i * g
-    h_true = o * c_true.tanh()
-    truth = {
-        "gates": torch.where(valid, torch.cat([i, f, g, o], -1), 0),
-        "y": torch.where(valid, h_true, 0),
-        "h": torch.where(valid, h_true, h_prev),
-    }
-    assert_close({"gates": gates, "y": y, "h": h}, {k: v.detach() for k, v in truth.items()}, "lstm", dtype)
-    assert relative_error(c, torch.where(valid, c_true, c_before).detach()) < 6 * torch.finfo(torch.float32).eps
+    reset = resets[:, None]
+    a = gates_x.double().requires_grad_()
+    b = torch.where(reset, gates_reset, gates_h).double()
+    if bias_q is not None:
+        b[:, 2 * H :] += bias_q
+    h_start = torch.where(reset, h_reset, h_prev).double().requires_grad_()
+    c_start = torch.where(reset, c_reset, c_prev).double().requires_grad_()
+    h_true, c_true, saved = cell.forward(a, b.requires_grad_(), h_start, c_start if cell.has_c else None)
+    want = {"y": torch.where(valid, h_true, 0), "h": torch.where(valid, h_true, h_prev)}
+    got = {"y": y, "h": h}
+    if gates is not None and saved is not None:
+        want["gates"], got["gates"] = torch.where(valid, saved, 0), gates
+    assert_close(got, {k: v.detach() for k, v in want.items()}, "lstm", dtype)
+    if c is not None and c_true is not None:
+        assert relative_error(c, torch.where(valid, c_true, c_prev).detach()) < 6 * torch.finfo(torch.float32).eps
 
-    dh, dc, d_gates = filled(H), filled(H), rows(4 * H, dtype)
-    dc_next = dc.clone()
-    dh[~valid[:, 0]] = torch.nan
-    lstm_cell_backward(dh, dc, gates, c, c_prev, lengths, t, d_gates)
-    d_sums, d_before = torch.autograd.grad([h_true, c_true], [sums, c_before], [dh.double(), dc_next.double()])
-    assert_close({"d_gates": d_gates}, {"d_gates": torch.where(valid, d_sums, 0)}, "lstm", dtype)
-    eps = torch.finfo(dtype).eps  # f was rounded to the dtype
-    assert relative_error(dc, torch.where(valid, d_before, dc_next)) < 4 * eps
-    for out in (gates, c, y, h, dc, d_gates):
-        beside = out.as_strided((B - 1, gap), out.stride(), out.storage_offset() + out.shape[1])
-        assert beside.isnan().all(), "wrote beside its rows"
+    dy, product, dh, dc = filled(H, dtype), filled(H), filled(H), filled(H)
+    dy[~valid[:, 0]] = torch.nan
+    dh_reset, dc_reset, da, db = filled(H), filled(H), rows(G, dtype), None if cell.shared else rows(G, dtype)
+    carried = torch.where(cut[:, None], 0, (product + dh).double())
+    dc_next = torch.where(cut[:, None], 0, dc.double())
+    gathered = [torch.where(cut[:, None], d + more, d) for d, more in ((dh_reset, product + dh), (dc_reset, dc))]
+    step_backward(
+        mode, dy, product, dh, of_lstm(dc), gates, y, h_start.detach().to(dtype), c, of_lstm(c_prev), lengths, t,
+        resets, cut, of_lstm(c_reset), dh_reset, of_lstm(dc_reset), da, db,
+    )  # fmt: skip
+    outputs, cotangents = [h_true], [carried + dy.double()]
+    if c_true is not None:
+        outputs, cotangents = [h_true, c_true], [*cotangents, dc_next]
+    of_a, of_b, around, dc_true = torch.autograd.grad(
+        outputs, [a, b, h_start, c_start], cotangents, allow_unused=True, materialize_grads=True
+    )
+    want, got = {"da": torch.where(valid, of_a, 0)}, {"da": da}
+    if db is not None:
+        want["db"], got["db"] = torch.where(valid, of_b, 0), db
+    assert_close(got, want, "lstm", dtype)
+    assert relative_error(dh, torch.where(valid, around, carried)) < 4 * eps  # z was rounded to the dtype
+    torch.testing.assert_close(dh_reset, gathered[0])
+    if cell.has_c:
+        assert relative_error(dc, torch.where(valid, dc_true, dc_next)) < 4 * eps  # and f
+        torch.testing.assert_close(dc_reset, gathered[1])
+    for out in (gates, c, y, h, dh, dh_reset, da, db):
+        if out is not None:
+            beside = out.as_strided((B - 1, gap), out.stride(), out.storage_offset() + out.shape[1])
+            assert beside.isnan().all(), "wrote beside its rows"
 
 
 @triton.jit

@@ -51,11 +51,14 @@ def launches(dtype: torch.dtype, thorough: bool) -> Iterator[str]:
         return new(*shape, dtype=torch.float32)
 
     for H in (512, 37) if thorough else (512,):
-        B, gates, h, lengths = 4, new(4, 4 * H), new(4, H), torch.zeros(4, dtype=torch.int64)
-        x, c = fp32(B, 4 * H), fp32(B, H)
-        kernels.lstm_cell_forward(x, x, c, h, lengths, 1, gates, c, h, h)
-        kernels.lstm_cell_backward(c, c, gates, c, c, lengths, 1, gates)
-        yield f"H={H}"
+        B, h, lengths, resets = 4, new(4, H), torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.bool)
+        for mode, G in (("LSTM", 4), ("GRU", 3), ("RNN_TANH", 1), ("RNN_RELU", 1)):
+            x, d, gates = fp32(B, G * H), new(B, G * H), new(B, 4 * H) if G > 1 else None
+            c, db, bias_q = (fp32(B, H), None, None) if mode == "LSTM" else (None, d, h[0]) if G == 3 else (None,) * 3
+            dh, kept = fp32(B, H), (lengths, 1, resets)
+            kernels.step_forward(mode, x, x, bias_q, h, c, *kept, x, h, c, gates, c, h, h)
+            kernels.step_backward(mode, h, dh, dh, c, gates, h, h, c, c, *kept, resets, c, dh, c, d, db)
+            yield f"{mode} H={H}"
     for T, D in ((1000, 64), (1000, 300), (1000, 301), (100, 2048), (100, 8192)) if thorough else ((1000, 256),):
         x, v, lengths = new(1, T, D), new(D), torch.zeros(1, dtype=torch.int64)
         kernels.linear_pool_forward(x, v, lengths, None, fp32(1, T))

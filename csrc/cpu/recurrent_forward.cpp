@@ -73,7 +73,7 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
   const bool narrow = weights[0].ih.packing.panel == Panel::kBFloat16 && multiplies_bfloat16(x.scalar_type(), projected);
   const Tensor h0_given = h0.contiguous(), h0_rows = narrow ? h0_given : h0_given.to(acc);
   const Tensor c0_full = lstm ? c0->to(acc).contiguous() : Tensor(), c = lstm ? at::empty({K, B, H}, full) : Tensor();
-  if (lstm) std::memcpy(c.data_ptr(), c0_full.const_data_ptr(), c.nbytes());
+  if (lstm && c.numel()) std::memcpy(c.data_ptr(), c0_full.const_data_ptr(), c.nbytes());
   const Tensor h = stored == Stored::kFull || narrow ? Tensor() : at::empty({K, 2, B, R}, full);
   const Tensor h_reset = reset_states(resets, reset_to_initial, h0_rows), c_reset = reset_states(resets, reset_to_initial, c0_full);
   const Tensor h_raw = projected ? at::empty({K, B, H}, full) : Tensor();

@@ -8,8 +8,6 @@
 namespace rnnattn::cuda {
 namespace {
 
-constexpr auto kFloat = ScalarType::Float;
-
 Keep checked_keep(const Operation& op, const OptionalTensor& lengths, const OptionalTensor& mask, int64_t B,
                   int64_t T) {
   op.check_dense("lengths", lengths, ScalarType::Long, {B});

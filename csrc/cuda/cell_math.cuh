@@ -1,4 +1,4 @@
-// The arithmetic of one hidden unit, and of the online softmax: no memory, no threads.
+// The arithmetic of one hidden unit of each cell, and of the online softmax: no memory, no threads.
 #pragma once
 
 #include <cmath>
@@ -7,35 +7,80 @@ namespace rnnattn::cuda {
 
 __host__ __device__ inline float sigmoid(float a) { return 1.0f / (1.0f + expf(-a)); }
 
+// Of a unit, by gate: the sums a of the input product and b of the hidden one, what a step saves, and gradients of a
+// and b. A cell uses as many as it has.
 struct Gates {
-  float i, f, g, o;
+  float at[4] = {};
 };
 
-struct CellOutput {
-  Gates gates;  // after the activation
-  float c, h;
+// What a step starts from, or their gradients; RNN has no use for h_prev, and only LSTM has c.
+struct States {
+  float h = 0, c = 0;
 };
 
-// a: the gates before the activation.
-__host__ __device__ inline CellOutput cell_forward(Gates a, float c_prev) {
-  const Gates s{sigmoid(a.i), sigmoid(a.f), tanhf(a.g), sigmoid(a.o)};
-  const float c = s.f * c_prev + s.i * s.g;
-  return {s, c, s.o * tanhf(c)};
-}
-
-struct CellGradient {
-  Gates d_gates;  // before the activation
-  float dc_prev;
+struct StepOutput {
+  Gates saved;
+  States next;
 };
 
-// s: the gates after the activation; dh, dc: the gradients of h_t and c_t.
-__host__ __device__ inline CellGradient cell_backward(Gates s, float c, float c_prev, float dh, float dc) {
-  const float tanh_c = tanhf(c);
-  const float dc_t = dc + dh * s.o * (1.0f - tanh_c * tanh_c);
-  return {{dc_t * s.g * s.i * (1.0f - s.i), dc_t * c_prev * s.f * (1.0f - s.f), dc_t * s.i * (1.0f - s.g * s.g),
-           dh * tanh_c * s.o * (1.0f - s.o)},
-          dc_t * s.f};
-}
+struct StepGradient {
+  Gates da, db;
+  States previous;  // of h what does not pass through the hidden product
+};
+
+// Gates i, f, g, o; saved after the activation.
+struct Lstm {
+  static constexpr int kGates = 4, kSaved = 4;
+  static constexpr bool kHasC = true, kShared = true;  // kShared: db is da
+
+  __host__ __device__ static StepOutput forward(const Gates& a, const Gates& b, States before) {
+    const float i = sigmoid(a.at[0] + b.at[0]), f = sigmoid(a.at[1] + b.at[1]), g = tanhf(a.at[2] + b.at[2]),
+                o = sigmoid(a.at[3] + b.at[3]), c = f * before.c + i * g;
+    return {{{i, f, g, o}}, {o * tanhf(c), c}};
+  }
+
+  // here: h_t and c_t; d: their gradients.
+  __host__ __device__ static StepGradient backward(const Gates& saved, States before, States here, States d) {
+    const auto& [i, f, g, o] = saved.at;
+    const float tanh_c = tanhf(here.c), dc = d.c + d.h * o * (1.0f - tanh_c * tanh_c);
+    return {{{dc * g * i * (1.0f - i), dc * before.c * f * (1.0f - f), dc * i * (1.0f - g * g), d.h * tanh_c * o * (1.0f - o)}},
+            {},
+            {0.0f, dc * f}};
+  }
+};
+
+// Gates r, z, n; saved r, z, n and q = b_n, which stands inside r * q.
+struct Gru {
+  static constexpr int kGates = 3, kSaved = 4;
+  static constexpr bool kHasC = false, kShared = false;
+
+  __host__ __device__ static StepOutput forward(const Gates& a, const Gates& b, States before) {
+    const float r = sigmoid(a.at[0] + b.at[0]), z = sigmoid(a.at[1] + b.at[1]), q = b.at[2], n = tanhf(a.at[2] + r * q);
+    return {{{r, z, n, q}}, {(1.0f - z) * n + z * before.h, 0.0f}};
+  }
+
+  __host__ __device__ static StepGradient backward(const Gates& saved, States before, States, States d) {
+    const auto& [r, z, n, q] = saved.at;
+    const float dn = d.h * (1.0f - z) * (1.0f - n * n), dr = dn * q * r * (1.0f - r),
+                dz = d.h * (before.h - n) * z * (1.0f - z);
+    return {{{dr, dz, dn}}, {{dr, dz, dn * r}}, {d.h * z, 0.0f}};
+  }
+};
+
+template <bool kRelu>
+struct Rnn {
+  static constexpr int kGates = 1, kSaved = 0;
+  static constexpr bool kHasC = false, kShared = true;
+
+  __host__ __device__ static StepOutput forward(const Gates& a, const Gates& b, States) {
+    const float s = a.at[0] + b.at[0];
+    return {{}, {kRelu ? (s < 0.0f ? 0.0f : s) : tanhf(s), 0.0f}};  // a NaN stays one
+  }
+
+  __host__ __device__ static StepGradient backward(const Gates&, States, States here, States d) {
+    return {{{kRelu ? (here.h > 0.0f ? d.h : 0.0f) : d.h * (1.0f - here.h * here.h)}}, {}, {}};
+  }
+};
 
 // What sums taken relative to the maximum m are multiplied by once the maximum is m_new >= m.
 // m = m_new = -inf (nothing kept so far) gives 1, where the exponential would be NaN.

@@ -32,6 +32,7 @@
 namespace rnnattn::cuda {
 
 using torch::headeronly::ScalarType;
+constexpr ScalarType kFloat = ScalarType::Float;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 

@@ -1,14 +1,16 @@
 // The operators of the CUDA sources; csrc/ops.cpp defines them in rnnattn_native. Outputs are the caller's.
-// Shapes: rnnattn/backends/stepwise.py (lstm_cell_*), attention_pool.h (the rest).
+// Shapes: rnnattn/backends/stepwise.py (step_*), attention_pool.h (the rest).
 #pragma once
 
 namespace rnnattn::cuda {
 
 inline constexpr const char* kCudaSchemas[] = {
-    "lstm_cell_forward(Tensor gates_x, Tensor gates_h, Tensor c_prev, Tensor? h_prev, Tensor? lengths, int t, "
-    "Tensor(a!)? gates, Tensor(b!) c, Tensor(c!) y, Tensor(d!)? h) -> ()",
-    "lstm_cell_backward(Tensor dh, Tensor(a!) dc, Tensor gates, Tensor c, Tensor c_prev, Tensor? lengths, int t, "
-    "Tensor(b!) d_gates) -> ()",
+    "step_forward(str mode, Tensor gates_x, Tensor gates_h, Tensor? bias_q, Tensor? h_prev, Tensor? c_prev, "
+    "Tensor? lengths, int t, Tensor? resets, Tensor? gates_reset, Tensor? h_reset, Tensor? c_reset, "
+    "Tensor(a!)? gates, Tensor(b!)? c, Tensor(c!) y, Tensor(d!)? h) -> ()",
+    "step_backward(str mode, Tensor? dy, Tensor? product, Tensor(a!)? dh, Tensor(b!)? dc, Tensor? gates, Tensor? y, "
+    "Tensor? h_prev, Tensor? c, Tensor? c_prev, Tensor? lengths, int t, Tensor? resets, Tensor? resets_after, "
+    "Tensor? c_reset, Tensor(c!)? dh_reset, Tensor(d!)? dc_reset, Tensor(e!) da, Tensor(f!)? db) -> ()",
     "softmax_pool_forward(Tensor x, Tensor? v, Tensor? lengths, Tensor? mask, Tensor(a!)? scores, Tensor(b!) partial, "
     "Tensor(c!) partial_m, Tensor(d!) partial_sum, Tensor(e!) pooled, Tensor(f!) lse, Tensor(g!)? weights) -> ()",
     "linear_pool_backward(Tensor x, Tensor v, Tensor? lengths, Tensor? mask, Tensor d_pooled, Tensor? d_weights, "

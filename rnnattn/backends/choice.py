@@ -22,8 +22,7 @@ def order(call: Call) -> list[tuple[str, str]]:
         ranked = [("triton", "the kernels for a GPU"), ("cuda", "CUDA kernels, where Triton is missing"), last]
         if not call.recurrent:
             return ranked
-        why = "our LSTM is not yet measured on a GPU" if call.op == "lstm" else "no other has kernels for it"
-        return [("torch", f"cuDNN: {why}"), *ranked]
+        return [("torch", "cuDNN: our recurrent layers are not yet measured on a GPU"), *ranked]
     ranked = [("cpp", "the kernels for a CPU"), last]
     if call.op == "attention_pool":
         full = call.dtype in (torch.float32, torch.float64) and not call.ragged and not call.compiling

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnattn.backends import pool_gemms, stepwise
+from rnnattn.backends import pool_gemms, stepwise, stepwise_backward
 from rnnattn.backends.base import Backend, Call
 from rnnattn.backends.cpp import build_info, extension_error, native
 from rnnattn.reference.attention_pool import kept_steps
@@ -47,15 +47,11 @@ class Cuda(Backend):
             return f"its kernels run on a CUDA device, the tensors are on {call.device}"
         if call.dtype not in DTYPES:
             return f"its kernels have float32, bfloat16 and float16, the tensors are {call.dtype}"
-        if call.op in ("gru", "rnn"):
-            return "it has no GRU or RNN kernels yet"
-        if call.resets:
-            return "its kernels take no resets yet"
         return None
 
     def kernel(self, call: Call) -> str:
-        if call.op == "lstm":
-            return "a CUDA cell kernel and a GEMM per step"
+        if call.recurrent:
+            return "a CUDA kernel and a GEMM per step"
         if call.hidden == 0:
             return "CUDA, linear scores and pooling in one pass over x"
         return "CUDA, additive scores without [B, T, A] in memory, then pooling; GEMMs in the backward pass"
@@ -64,16 +60,18 @@ class Cuda(Backend):
         self, x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
     ):
         lengths = pool_gemms.dense_rows(lengths)
-        return stepwise.lstm_layer_forward(Cell(self.ops), x, h0, c0, weights, lengths, has_biases, direction, save)
+        return stepwise.layer_forward(
+            Step(self.ops), x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
+        )
 
     def recurrent_layer_backward(  # type: ignore[no-untyped-def]
         self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
         direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
     ):  # fmt: skip
         lengths = pool_gemms.dense_rows(lengths)
-        return stepwise.lstm_layer_backward(
-            Cell(self.ops), dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction,
-            needs_dx, needs_dweights,
+        return stepwise_backward.layer_backward(
+            Step(self.ops), dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
+            has_biases, direction, mode, needs_dx, needs_dweights,
         )  # fmt: skip
 
     def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]
@@ -156,12 +154,12 @@ class Cuda(Backend):
         return du.view(N, A), p.view(N), dv.sum(0), db.sum(0)
 
 
-class Cell:
-    """The operators as `stepwise.CellKernels`."""
+class Step:
+    """The operators as `stepwise.StepKernels`."""
 
     def __init__(self, ops: Any) -> None:
-        self.forward = ops.lstm_cell_forward
-        self.backward = ops.lstm_cell_backward
+        self.forward = ops.step_forward
+        self.backward = ops.step_backward
 
 
 def runs_on(architecture: str, device: tuple[int, int]) -> bool:

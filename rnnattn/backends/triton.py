@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from rnnattn.backends import pool_gemms, stepwise
+from rnnattn.backends import pool_gemms, stepwise, stepwise_backward
 from rnnattn.backends.base import Backend, Call
 from rnnattn.reference.attention_pool import kept_steps
 
@@ -39,17 +39,13 @@ class Triton(Backend):
             return "its kernels run on a CUDA device, the tensors are on cpu (TRITON_INTERPRET=1 interprets them)"
         if call.device not in ("cpu", "cuda"):
             return f"its kernels run on a CUDA device, the tensors are on {call.device}"
-        if call.op in ("gru", "rnn"):
-            return "it has no GRU or RNN kernels yet"
-        if call.resets:
-            return "its kernels take no resets yet"
         if call.op == "attention_pool" and max(call.features, call.hidden) > WIDEST:
             return f"its pooling kernels take at most {WIDEST} features, got D={call.features}, A={call.hidden}"
         return None
 
     def kernel(self, call: Call) -> str:
-        if call.op == "lstm":
-            return "a Triton cell kernel and a GEMM per step"
+        if call.recurrent:
+            return "a Triton kernel and a GEMM per step"
         if call.hidden == 0:
             return "Triton, linear scores and pooling in one pass over x"
         return "Triton, additive scores and pooling fused; GEMMs in the backward pass"
@@ -59,7 +55,9 @@ class Triton(Backend):
     ):
         (lengths,) = _contiguous(lengths)
         with _device(x):
-            return stepwise.lstm_layer_forward(_cell(), x, h0, c0, weights, lengths, has_biases, direction, save)
+            return stepwise.layer_forward(
+                _step(), x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
+            )
 
     def recurrent_layer_backward(  # type: ignore[no-untyped-def]
         self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
@@ -67,9 +65,9 @@ class Triton(Backend):
     ):  # fmt: skip
         (lengths,) = _contiguous(lengths)
         with _device(x):
-            return stepwise.lstm_layer_backward(
-                _cell(), dy, dh_n, dc_n, x, h0, c0, weights, lengths, y, gates, cells, has_biases, direction,
-                needs_dx, needs_dweights,
+            return stepwise_backward.layer_backward(
+                _step(), dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
+                has_biases, direction, mode, needs_dx, needs_dweights,
             )  # fmt: skip
 
     def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]
@@ -154,7 +152,7 @@ def _interpreting() -> bool:
 
 
 @functools.cache
-def _cell() -> stepwise.CellKernels:
-    from rnnattn.kernels import lstm_cell_backward, lstm_cell_forward
+def _step() -> stepwise.StepKernels:
+    from rnnattn.kernels import step_backward, step_forward
 
-    return SimpleNamespace(forward=lstm_cell_forward, backward=lstm_cell_backward)
+    return SimpleNamespace(forward=step_forward, backward=step_backward)

@@ -10,8 +10,10 @@ from rnnattn.reference.cells import CELLS
 from rnnattn.reference.layout import (
     DIRECTIONS,
     LayerWeights,
+    Resets,
     accumulation_dtype,
     previous_states,
+    scan_resets,
     split_weights,
     valid_steps,
 )
@@ -21,6 +23,7 @@ __all__ = [
     "CELLS",
     "DIRECTIONS",
     "LayerWeights",
+    "Resets",
     "accumulation_dtype",
     "attention_pool_backward",
     "attention_pool_forward",
@@ -28,6 +31,7 @@ __all__ = [
     "previous_states",
     "recurrent_layer_backward",
     "recurrent_layer_forward",
+    "scan_resets",
     "split_weights",
     "valid_steps",
 ]

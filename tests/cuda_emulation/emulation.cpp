@@ -1,6 +1,6 @@
 // The CUDA sources as CPU operators, torch.ops.rnnattn_cuda_emulation.*
 #define RNNATTN_EMULATE_CUDA
-#include "lstm_cell.cu"
+#include "recurrent_step.cu"
 //
 #include "attention_pool.cu"
 #include "schemas.h"
