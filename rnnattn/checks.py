@@ -13,8 +13,8 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def checked_lengths(lengths: Tensor | Sequence[int] | None, B: int, T: int, device: torch.device) -> Tensor | None:
     """int64 lengths [B] on the device, in [0, T].
 
-    Values on the CPU are checked; on another device (or while compiling) reading them would wait
-    for the device, so they are clamped instead.
+    Values on the CPU are checked; on another device (or while compiling, or mapped over by torch.func)
+    reading them would wait for the device, so they are clamped instead.
 
     Raises:
         TypeError: not integers. ValueError: wrong shape, or a value out of range.
@@ -30,7 +30,8 @@ def checked_lengths(lengths: Tensor | Sequence[int] | None, B: int, T: int, devi
     if lengths.shape != (B,):
         raise ValueError(f"lengths: expected shape [{B}] (the batch size), got {list(lengths.shape)}")
     lengths = lengths.to(torch.int64).contiguous()
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    hidden = torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(lengths)
+    if lengths.device.type == "cpu" and not hidden:
         if B > 0:
             low, high = (int(value) for value in lengths.aminmax())
             if low < 0 or high > T:

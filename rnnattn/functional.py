@@ -313,7 +313,9 @@ def attention_pool(
     lengths = checked_lengths(lengths, B, T, input.device)
     checked_mask(mask, (B, T), input.device)
     ragged = lengths is not None or mask is not None
-    backend, _ = backends.select(_pool_call(input, w, ragged, wants_grad(input, v, w, b)))
+    backend = "reference"
+    if not autograd.run_equations(input, v, w, b):
+        backend = backends.select(_pool_call(input, w, ragged, wants_grad(input, v, w, b))).backend
     if backend == "torch":
         pooled, p = backends.TORCH.attention_pool(input, v, w, b, lengths, mask)
         return pooled, p if need_weights else None

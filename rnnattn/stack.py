@@ -51,7 +51,9 @@ def run_stack(
     lengths = checked_lengths(lengths, x.shape[1], x.shape[0], x.device)
     resets = checked_resets(resets, input, batch_first)
     ragged, has_resets = lengths is not None, resets is not None
-    backend, _ = backends.select(_call(mode, x, h0, c0, weights, num_layers, K, ragged, has_resets))
+    backend = "reference"
+    if not autograd.run_equations(x, h0, c0, *weights):
+        backend = backends.select(_call(mode, x, h0, c0, weights, num_layers, K, ragged, has_resets)).backend
     if backend == "torch":
         y, h_n, c_n = backends.TORCH.recurrent(
             mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, lengths

@@ -138,16 +138,6 @@ def test_inputs_are_not_written(backend: str) -> None:
     assert all(torch.equal(t[key], value) for key, value in before.items())
 
 
-def test_no_double_backward(backend: str) -> None:
-    t = moved(ADDITIVE.tensors(F32), device_of(backend))
-    t["x"].requires_grad_()
-    with rnnattn.use_backend(backend):
-        pooled, _ = RF.attention_pool(t["x"], t["v"], t["w"], t["b"])
-    (dx,) = torch.autograd.grad(pooled, t["x"], t["dpooled"].requires_grad_(), create_graph=True)
-    with pytest.raises(NotImplementedError, match="attention_pool has no double backward"):
-        dx.square().sum().backward()
-
-
 # --- the operators -------------------------------------------------------------------------------
 
 OP_CASES = [
@@ -227,11 +217,3 @@ def _composed(case: PoolCase, t: dict[str, Any]) -> dict[str, torch.Tensor]:
     pooled = (p[:, None] @ x)[:, 0]
     gradients = torch.autograd.grad([pooled, p], list(leaves.values()), [t["dpooled"], t["dp"]])
     return {"pooled": pooled, "p": p} | {"d" + key: g for key, g in zip(leaves, gradients, strict=True)}
-
-
-def test_a_tangent_is_refused(backend: str) -> None:
-    x, v = torch.randn(2, 3, 4, device=device_of(backend)), torch.randn(4, device=device_of(backend))
-    with rnnattn.use_backend(backend), torch.no_grad(), torch.autograd.forward_ad.dual_level():
-        with pytest.raises(NotImplementedError, match="attention_pool has no forward-mode"):
-            RF.attention_pool(torch.autograd.forward_ad.make_dual(x, x), v)
-        assert RF.attention_pool(x, v)[0].shape == (2, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from typing import Any
@@ -172,9 +173,8 @@ def test_gradients_of_gradients_go_through_the_operator(name: str, taken: list[b
     for _ in range(2):
         (first, *_) = results = flat(ours(*given_arguments))
         d = torch.autograd.grad(sum(t.sum() for t in results), wanted, create_graph=True)
-        gradients.append([t.detach() for t in d])
-        with pytest.raises(NotImplementedError, match="no double backward"):
-            sum(t.sum() for t in d).backward()
+        second = torch.autograd.grad(sum(t.square().sum() for t in d), wanted)
+        gradients.append([*(t.detach() for t in d), *second])
         assert first.grad_fn is not None
     assert taken == [True]
     close(*gradients)
@@ -245,7 +245,6 @@ def test_what_is_not_plain_goes_the_long_way(taken: list[bool]) -> None:
 
 
 def test_a_tangent_is_not_lost(taken: list[bool]) -> None:
-    """Forward-mode differentiation is refused, not ignored."""
     module = rnnattn.LSTM(I, H)
     x = torch.randn(3, 2, I)
     module(x), module(x)
@@ -254,9 +253,8 @@ def test_a_tangent_is_not_lost(taken: list[bool]) -> None:
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         taken.clear()
         for run in (module, prepared):
-            with pytest.raises((RuntimeError, NotImplementedError)):
-                if torch.autograd.forward_ad.unpack_dual(run(dual)[0]).tangent is None:
-                    raise AssertionError("the tangent is lost")
+            with contextlib.suppress(RuntimeError) if run is prepared else contextlib.nullcontext():
+                assert torch.autograd.forward_ad.unpack_dual(run(dual)[0]).tangent is not None
     assert taken == [False]
 
 

@@ -1,4 +1,4 @@
-"""The recurrent operators: what need not be computed is not, opcheck, memory, and no double backward."""
+"""The recurrent operators: what need not be computed is not, opcheck and memory."""
 
 from __future__ import annotations
 
@@ -246,14 +246,6 @@ def test_opcheck_backward(
         torch.ops.rnnattn.recurrent_layer_backward.default,
         (*cotangents, *inputs, y, gates, cells, *settings, needs_dx, needs_dweights, backend),
     )
-
-
-@on_each
-def test_no_double_backward(backend: str, mode: str) -> None:
-    t, (y, *_) = run(PLAIN[mode], backend, "x")
-    (dx,) = torch.autograd.grad(y, t["x"], t["dy"].requires_grad_(), create_graph=True)
-    with pytest.raises(NotImplementedError, match="recurrent_layer has no double backward"):
-        dx.square().sum().backward()
 
 
 def test_gradients_of_the_operator_need_save() -> None:

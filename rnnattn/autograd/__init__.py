@@ -2,9 +2,11 @@
 
 The operators (`torch.ops.rnnattn.*`) have fakes, so that torch.compile and torch.export see one
 opaque node per operation; the Functions tell autograd how forward and backward belong together.
+Derivatives without kernels are those of the reference equations (`equations`).
 """
 
 from rnnattn.autograd.attention_pool import attention_pool
+from rnnattn.autograd.equations import run_equations
 from rnnattn.autograd.recurrent import recurrent_layer
 
-__all__ = ["attention_pool", "recurrent_layer"]
+__all__ = ["attention_pool", "recurrent_layer", "run_equations"]

@@ -5,14 +5,16 @@ Shapes and equations: `rnnattn.reference.attention_pool`. The weights p are writ
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnnattn import backends
-from rnnattn.autograd.eager import is_eager, refuse_tangents
-from rnnattn.reference import accumulation_dtype
+from rnnattn.autograd.batched import map_one_by_one, one_by_one
+from rnnattn.autograd.eager import is_eager
+from rnnattn.autograd.equations import is_transformed, run_equations, second_gradients
+from rnnattn.reference import accumulation_dtype, attention_pool_forward
 
 torch.library.define(
     "rnnattn::attention_pool",
@@ -77,23 +79,56 @@ class AttentionPooling(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_pooled, d_weights, _dlse):  # type: ignore[no-untyped-def]
         x, v, w, b, lengths, mask, pooled, lse = ctx.saved_tensors
-        # A gradient that is itself to be differentiated goes through the operator, which refuses.
-        run = _backward if is_eager(x) and not torch.is_grad_enabled() else torch.ops.rnnattn.attention_pool_backward
+        # A gradient that is itself to be differentiated is the operator's, of which autograd knows the gradient.
+        run: Any = torch.ops.rnnattn.attention_pool_backward
+        given = (t for t in (x, d_pooled, d_weights) if t is not None)
+        if not torch.is_grad_enabled() and all(is_eager(t) for t in given):
+            run = _backward
+        elif torch.is_grad_enabled() and is_transformed():
+            run = PoolGradients.apply
         dx, dv, dw, db = run(
             d_pooled, d_weights if ctx.need_weights else None, x, v, w, b, lengths, mask, pooled, lse, ctx.backend
         )
         return dx, dv, None if w is None else dw, None if b is None else db, None, None, None, None
 
 
-def _no_double_backward(ctx: Any, *gradients: Any) -> NoReturn:
-    raise NotImplementedError("rnnattn: attention_pool has no double backward (a gradient of its gradients)")
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    d_pooled, d_weights, x, v, w, b, lengths, mask, *_ = inputs
+    ctx.save_for_backward(d_pooled, d_weights, lengths, mask, x, v, w, b)
+
+
+def _double_backward(ctx: Any, ddx, ddv, ddw, ddb):  # type: ignore[no-untyped-def]
+    """pooled and lse are functions of the other inputs here: no gradient is theirs."""
+    d_pooled, d_weights, lengths, mask, *inputs = ctx.saved_tensors
+    seconds = [None if t is None else dd for t, dd in zip(inputs, (ddx, ddv, ddw, ddb), strict=True)]
+    of_inputs, of_cotangents = second_gradients(
+        lambda x, v, w, b: attention_pool_forward(x, v, w, b, lengths, mask)[:2], inputs, (d_pooled, d_weights), seconds
+    )
+    return *of_cotangents, *of_inputs, *[None] * 5
+
+
+map_one_by_one("rnnattn::attention_pool_backward")
+
+
+class PoolGradients(torch.autograd.Function):
+    """`rnnattn::attention_pool_backward` for `torch.func`, which asks operators for no gradient."""
+
+    @staticmethod
+    def forward(*arguments):  # type: ignore[no-untyped-def]
+        return torch.ops.rnnattn.attention_pool_backward(*arguments)
+
+    setup_context = staticmethod(_setup_backward_context)
+    backward = staticmethod(_double_backward)
+    vmap = staticmethod(one_by_one(lambda *arguments: PoolGradients.apply(*arguments)))
 
 
 # The operators called directly (an exported graph, opcheck) differentiate by the same rule.
 torch.library.register_autograd(
     "rnnattn::attention_pool", AttentionPooling.backward, setup_context=AttentionPooling.setup_context
 )
-torch.library.register_autograd("rnnattn::attention_pool_backward", _no_double_backward)
+torch.library.register_autograd(
+    "rnnattn::attention_pool_backward", _double_backward, setup_context=_setup_backward_context
+)
 
 
 def attention_pool(
@@ -107,7 +142,9 @@ def attention_pool(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """pooled and, on request, the weights, in x's dtype; shapes in `rnnattn.reference.attention_pool_forward`."""
-    refuse_tangents("attention_pool", x, v, w, b)
+    if run_equations(x, v, w, b):
+        pooled, weights, _ = attention_pool_forward(x, v, w, b, lengths, mask)
+        return pooled.to(x.dtype), weights if need_weights else None
     arguments = (x, v, w, b, lengths, mask, need_weights, backend)
     differentiable = any(p is not None and p.requires_grad for p in (x, v, w, b))
     if torch.is_grad_enabled() and differentiable:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from rnnattn.autograd.equations import is_transformed
+
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")  # of torch.autograd.grad(is_grads_batched=True)
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether a call just computes: x has data, and no compiler, tracing mode or torch.func transform looks on.
+    """Whether a call just computes: x has data, and no compiler, tracing mode, torch.func transform or map looks on.
 
     Then the implementation is called as a function. The dispatcher's way to an operator in Python takes 30 us,
     as long as a small call itself.
@@ -17,7 +20,8 @@ def is_eager(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not is_transformed()
+        and not torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
     )
 
 
@@ -28,11 +32,3 @@ def is_last_use() -> bool:
     """
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps is not None and not keeps()
-
-
-def refuse_tangents(operation: str, *tensors: Tensor | None) -> None:
-    """Raises NotImplementedError where forward-mode differentiation looks on, which would otherwise find no tangent."""
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
-        raise NotImplementedError(f"rnnattn: {operation} has no forward-mode derivative, only a reverse-mode one")

@@ -7,14 +7,16 @@ not have (c_n, gates, cells, dc0) is an empty tensor here.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnnattn import backends
-from rnnattn.autograd.eager import is_eager, is_last_use, refuse_tangents
-from rnnattn.reference import CELLS, DIRECTIONS, accumulation_dtype, split_weights
+from rnnattn.autograd.batched import map_one_by_one, one_by_one
+from rnnattn.autograd.eager import is_eager, is_last_use
+from rnnattn.autograd.equations import is_transformed, run_equations, second_gradients
+from rnnattn.reference import CELLS, DIRECTIONS, accumulation_dtype, recurrent_layer_forward, split_weights
 
 torch.library.define(
     "rnnattn::recurrent_layer",
@@ -134,9 +136,11 @@ def _gradients(  # type: ignore[no-untyped-def]
         dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases, direction,
         mode, needs_dx, needs_dweights, backend,
     )  # fmt: skip
-    # A gradient that is itself to be differentiated goes through the operator, which refuses.
+    # A gradient that is itself to be differentiated is the operator's, of which autograd knows the gradient.
     if all(is_eager(t) for t in (x, dy, dh_n, dc_n) if t is not None) and not torch.is_grad_enabled():
         dx, dh0, dc0, dweights = _backward(*arguments, overwrites_gates=own_gates and is_last_use())
+    elif is_transformed() and torch.is_grad_enabled():
+        dx, dh0, dc0, *dweights = LayerGradients.apply(*arguments[:6], *arguments[7:], *weights)
     else:
         dx, dh0, dc0, dweights = torch.ops.rnnattn.recurrent_layer_backward(*arguments)
     dx, dc0 = dx if needs_dx else None, None if c0 is None else dc0
@@ -166,12 +170,63 @@ def _op_backward(ctx: Any, dy, dh_n, dc_n, _dgates, _dcells):  # type: ignore[no
     return dx, dh0, dc0, dweights, *[None] * 8
 
 
-def _no_double_backward(ctx: Any, *gradients: Any) -> NoReturn:
-    raise NotImplementedError("rnnattn: recurrent_layer has no double backward (a gradient of its gradients)")
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, _, _, _, *settings = inputs
+    ctx.save_for_backward(dy, dh_n, dc_n, lengths, resets, x, h0, c0, *weights)
+    ctx.settings = reset_to_initial, *settings[:5]
+
+
+def _double_backward(ctx: Any, ddx, ddh0, ddc0, ddweights):  # type: ignore[no-untyped-def]
+    """y, gates and cells are functions of the other inputs here: no gradient is theirs."""
+    dy, dh_n, dc_n, lengths, resets, *inputs = ctx.saved_tensors
+    reset_to_initial, has_biases, direction, mode, needs_dx, needs_dweights = ctx.settings
+
+    def forward(x: Tensor, h0: Tensor, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
+        return recurrent_layer_forward(
+            x, h0, c0, list(weights), lengths, resets, reset_to_initial, has_biases, direction, mode
+        )[:3]
+
+    of_weights: list[Tensor | None] = [None] * len(inputs[3:])
+    if needs_dweights:
+        per_direction = len(of_weights) // len(DIRECTIONS[direction])
+        own = [n for n in range(len(of_weights)) if not (has_biases and CELLS[mode].shared and n % per_direction == 3)]
+        for n, dd in zip(own, ddweights, strict=True):
+            of_weights[n] = dd
+    seconds = [ddx if needs_dx else None, ddh0, None if inputs[2] is None else ddc0, *of_weights]
+    (dx, dh0, dc0, *dweights), of_cotangents = second_gradients(forward, inputs, (dy, dh_n, dc_n), seconds)
+    return *of_cotangents, dx, dh0, dc0, dweights, *[None] * 12
+
+
+map_one_by_one("rnnattn::recurrent_layer_backward")
+
+
+class LayerGradients(torch.autograd.Function):
+    """`rnnattn::recurrent_layer_backward` with its weights last, for `torch.func`, which asks operators for no
+    gradient."""
+
+    @staticmethod
+    def forward(*arguments):  # type: ignore[no-untyped-def]
+        dx, dh0, dc0, dweights = torch.ops.rnnattn.recurrent_layer_backward(
+            *arguments[:6], list(arguments[18:]), *arguments[6:18]
+        )
+        return dx, dh0, dc0, *dweights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _setup_backward_context(ctx, (*inputs[:6], inputs[18:], *inputs[6:18]), output)
+
+    @staticmethod
+    def backward(ctx: Any, ddx, ddh0, ddc0, *ddweights):  # type: ignore[no-untyped-def]
+        *gradients, dweights = _double_backward(ctx, ddx, ddh0, ddc0, ddweights)[:7]
+        return *gradients, *[None] * 12, *dweights
+
+    vmap = staticmethod(one_by_one(lambda *arguments: LayerGradients.apply(*arguments)))
 
 
 torch.library.register_autograd("rnnattn::recurrent_layer", _op_backward, setup_context=_setup_op_context)
-torch.library.register_autograd("rnnattn::recurrent_layer_backward", _no_double_backward)
+torch.library.register_autograd(
+    "rnnattn::recurrent_layer_backward", _double_backward, setup_context=_setup_backward_context
+)
 
 
 def recurrent_layer(
@@ -189,8 +244,11 @@ def recurrent_layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, h_n, c_n of one layer; see `rnnattn.reference.recurrent_layer_forward` for the shapes."""
     states = (h0,) if c0 is None else (h0, c0)
-    refuse_tangents("recurrent_layer", x, *states, *weights)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights)):
+    if run_equations(x, *states, *weights):
+        y, h_n, c_n, _, _ = recurrent_layer_forward(
+            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode
+        )
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights)):
         y, h_n, c_n, _, _ = RecurrentLayer.apply(
             x, h0, c0, lengths, resets, reset_to_initial, has_biases, direction, mode, backend, *weights
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnattn._version import __version__
-from rnnattn.autograd.eager import refuse_tangents
+from rnnattn.autograd import run_equations
 from rnnattn.backends.cpp import build_info, native, prepared_call
 from rnnattn.checks import check_recurrent, checked_lengths, checked_resets
 from rnnattn.nn.cells import _Cell
@@ -67,7 +67,11 @@ class _PackedWeights:
                 f"{op}: a module from prepare_inference() has no gradients, but an input requires grad; call it "
                 "under torch.inference_mode() or torch.no_grad(), or detach the input"
             )
-        refuse_tangents(op, x, h0, c0)
+        if run_equations(x, h0, c0):
+            raise RuntimeError(
+                f"{op}: a module from prepare_inference() has no tangents and is not to be mapped; call the module "
+                "that it was prepared from"
+            )
         check_recurrent(op, G, x, h0, c0, self.shapes, has_biases, layers, K)
         lengths = checked_lengths(lengths, x.shape[1], x.shape[0], x.device)
         y, h_n, c_n = self._operator(x, h0, c0, lengths, resets, reset_to_initial, *self.rest)
