@@ -165,6 +165,7 @@ class RNNCell(_Cell):
     `functional.rnn`.
     """
 
+    __constants__ = (*_Cell.__constants__, "nonlinearity")  # type: ignore[assignment]
     _kind = "RNNCell"
 
     def __init__(  # type: ignore[no-untyped-def]
