@@ -31,7 +31,7 @@ auto forward(const CallArguments& given, at::TensorList weights, const LayerSett
                     given.c0.defined() ? state_from_kernel(s.layout, c_n) : Tensor(), gates, cells};
 }
 
-// By the operator, which sees to tensors of all kinds, and can itself be differentiated or says that it cannot.
+// By the operator, which sees to tensors of all kinds and to whoever looks on.
 Gradients dispatched_backward(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
                                   const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const Tensor& y,
                                   const Tensor& gates, const Tensor& cells, const LayerSettings& s, Wanted wanted) {
@@ -39,7 +39,7 @@ Gradients dispatched_backward(const OptionalTensor& dy, const OptionalTensor& dh
                              const OptionalTensor&, at::TensorList, const OptionalTensor&, const OptionalTensor&, bool, const Tensor&,
                              const Tensor&, const Tensor&, bool, std::string_view, std::string_view, bool, bool, std::string_view);
   static const auto run =
-      c10::Dispatcher::singleton().findSchemaOrThrow("rnnattn::recurrent_layer_backward", "").typed<Operator>();
+      c10::Dispatcher::singleton().findSchemaOrThrow("rnnattn::recurrent_layer_gradients", "").typed<Operator>();
   return run.call(dy, dh_n, dc_n, x, h0, c0, weights, {}, {}, false, y, gates, cells, s.has_biases, direction(s.bidirectional), s.mode,
                   wanted.dx, wanted.dweights, "cpp");
 }

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rnnattn.transforms import is_mapped
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -30,8 +32,7 @@ def checked_lengths(lengths: Tensor | Sequence[int] | None, B: int, T: int, devi
     if lengths.shape != (B,):
         raise ValueError(f"lengths: expected shape [{B}] (the batch size), got {list(lengths.shape)}")
     lengths = lengths.to(torch.int64).contiguous()
-    hidden = torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(lengths)
-    if lengths.device.type == "cpu" and not hidden:
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not is_mapped():
         if B > 0:
             low, high = (int(value) for value in lengths.aminmax())
             if low < 0 or high > T:

@@ -16,6 +16,7 @@ from rnnattn.autocast import autocast_dtype, lowered
 from rnnattn.backends import Call
 from rnnattn.checks import check_pool, checked_lengths, checked_mask
 from rnnattn.stack import op_name, run_stack, wants_grad
+from rnnattn.transforms import want_equations
 
 SCORES = ("linear", "additive")
 NONLINEARITIES = ("tanh", "relu")
@@ -314,7 +315,7 @@ def attention_pool(
     checked_mask(mask, (B, T), input.device)
     ragged = lengths is not None or mask is not None
     backend = "reference"
-    if not autograd.run_equations(input, v, w, b):
+    if not want_equations(input, v, w, b):
         backend = backends.select(_pool_call(input, w, ragged, wants_grad(input, v, w, b))).backend
     if backend == "torch":
         pooled, p = backends.TORCH.attention_pool(input, v, w, b, lengths, mask)

@@ -17,6 +17,7 @@ from rnnattn.autocast import autocast_dtype, lowered
 from rnnattn.backends import Call
 from rnnattn.checks import check_recurrent, checked_lengths, checked_resets
 from rnnattn.reference import CELLS
+from rnnattn.transforms import want_equations
 
 
 def run_stack(
@@ -52,7 +53,7 @@ def run_stack(
     resets = checked_resets(resets, input, batch_first)
     ragged, has_resets = lengths is not None, resets is not None
     backend = "reference"
-    if not autograd.run_equations(x, h0, c0, *weights):
+    if not want_equations(x, h0, c0, *weights):
         backend = backends.select(_call(mode, x, h0, c0, weights, num_layers, K, ragged, has_resets)).backend
     if backend == "torch":
         y, h_n, c_n = backends.TORCH.recurrent(

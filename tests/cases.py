@@ -67,6 +67,15 @@ def strided(value: Any) -> Any:
     return torch.stack([value, torch.full_like(value, gap)], -1)[..., 0]
 
 
+def transposed(value: Any) -> Any:
+    """The same numbers with the last two dimensions in the other order in memory."""
+    if isinstance(value, list):
+        return [transposed(v) for v in value]
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return value
+    return value.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
 def device_of(backend: str) -> torch.device:
     on_gpu = torch.cuda.is_available() and backend in ("triton", "cuda")
     return torch.device("cuda" if on_gpu else "cpu")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F32, F64, OWN, Tensors, backend_parameters, given_lengths, strided
+from cases import F32, F64, OWN, Tensors, backend_parameters, given_lengths, strided, transposed
 from torch import Tensor
 
 import rnnattn
@@ -38,7 +38,7 @@ class RecurrentCase:
     to_initial: bool = False  # resets are to the initial states
     states: bool = False  # h0 (and c0) given, with gradients
     cotangents: tuple[str, ...] = ("y", "h_n", "c_n")  # of those that the mode has
-    layout: str = "contiguous"  # or strided, expanded, batch_first
+    layout: str = "contiguous"  # or strided, transposed, expanded, batch_first
     nan: bool = False  # NaN in x and dy at invalid steps
     scale: float = 1.0  # of x
     apart: bool = False  # every unit's sum stays far from 0, where relu has its kink
@@ -136,6 +136,8 @@ class RecurrentCase:
         if self.nan and poisoned:
             for name in ("x", "dy"):
                 t[name] = t[name].masked_fill(~self.valid()[..., None], torch.nan)
+        if self.layout == "transposed":
+            t = {name: transposed(value) for name, value in t.items()}
         if self.layout == "strided":
             t = {name: strided(value) for name, value in t.items()}
         if self.layout == "batch_first":
@@ -226,6 +228,10 @@ _EVERY = [
     RecurrentCase(3, 4, 5, 8, "every tensor has gaps between elements, NaN in them", layout="strided", states=True,
                   lengths=(4, 1, 2)),
     RecurrentCase(3, 4, 5, 6, "x and dy are expanded, stride 0, as y.sum().backward() makes them", layout="expanded"),
+    RecurrentCase(3, 4, 5, 8, "the last dimension is not the innermost in memory, of initial states without their own "
+                  "cotangents too", layout="transposed", states=True, cotangents=("y",)),
+    RecurrentCase(3, 5, 5, 8, "the same with lengths and episodes, both directions", layout="transposed", states=True,
+                  cotangents=("y",), lengths=(5, 0, 3), resets="some", to_initial=True, direction="bidirectional"),
     RecurrentCase(3, 4, 5, 6, "batch first", layout="batch_first", states=True, lengths=(4, 2, 3)),
     RecurrentCase(4, 5, 6, 7, "NaN behind the lengths", nan=True, lengths=(3, 0, 5, 1), states=True),
     RecurrentCase(2, 5, 6, 7, "NaN behind the lengths of a stack", layers=2, nan=True, lengths=(3, 4)),

@@ -152,7 +152,7 @@ def test_emulated(case: Case, dtype: torch.dtype, emulated: Cuda) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 def test_step_with_strided_rows(dtype: torch.dtype, mode: str, library: Any) -> None:
     """Rows apart from each other, at addresses that no vector fits, give what dense rows give."""
-    B, H, cell = 3, 8, reference.CELLS[mode]
+    B, H, cell, number = 3, 8, reference.CELLS[mode], cuda.MODES.index(mode)
     G, S = cell.blocks * H, cell.saved * H
     draw = torch.Generator().manual_seed(0)
 
@@ -174,8 +174,8 @@ def test_step_with_strided_rows(dtype: torch.dtype, mode: str, library: Any) -> 
     inputs = [apart(G), apart(G), bias_q, h_prev, c_prev, lengths, 1, resets, *to]
     outputs = [apart(S, dtype) if S else None, apart(H) if cell.has_c else None, apart(H, dtype), apart(H, dtype)]
     copies = [dense(a) for a in outputs]
-    library.step_forward(mode, *inputs, *outputs)
-    library.step_forward(mode, *(dense(a) for a in inputs), *copies)
+    library.step_forward(number, *inputs, *outputs)
+    library.step_forward(number, *(dense(a) for a in inputs), *copies)
     same(outputs, copies)
 
     gates, c, y, _ = outputs
@@ -185,8 +185,10 @@ def test_step_with_strided_rows(dtype: torch.dtype, mode: str, library: Any) -> 
     gathered = [apart(H), apart(H) if cell.has_c else None]
     out = [apart(G, dtype), None if cell.shared else apart(G, dtype)]
     copies = [dense(a) for a in (*both_ways, *gathered, *out)]
-    library.step_backward(mode, *(dense(a) for a in given), *copies[:2], *(dense(a) for a in saved), *copies[2:])
-    library.step_backward(mode, *given, *both_ways, *saved, *gathered, *out)
+    library.step_backward(
+        cuda.MODES.index(mode), *(dense(a) for a in given), *copies[:2], *(dense(a) for a in saved), *copies[2:]
+    )
+    library.step_backward(number, *given, *both_ways, *saved, *gathered, *out)
     same([*both_ways, *gathered, *out], copies)
 
 
@@ -222,13 +224,13 @@ def test_bad_arguments_are_named(library: Any) -> None:
         given = {"gates_x": a, "gates_h": a, "bias_q": none, "h_prev": c, "c_prev": c, "lengths": none, "t": 0,
                  "resets": none, "gates_reset": none, "h_reset": none, "c_reset": none, "gates": a, "c": c, "y": c,
                  "h": none}  # fmt: skip
-        library.step_forward(mode, **(given | changed))
+        library.step_forward(cuda.MODES.index(mode), **(given | changed))
 
     def backward(mode: str = "LSTM", **changed: Any) -> None:
         given = {"dy": c, "product": c, "dh": none, "dc": c, "gates": a, "y": c, "h_prev": c, "c": c, "c_prev": c,
                  "lengths": none, "t": 0, "resets": none, "resets_after": none, "c_reset": none, "dh_reset": none,
                  "dc_reset": none, "da": a.clone(), "db": none}  # fmt: skip
-        library.step_backward(mode, **(given | changed))
+        library.step_backward(cuda.MODES.index(mode), **(given | changed))
 
     forward(), backward()
     with pytest.raises(RuntimeError, match=r"step_forward: gates_h: expected shape \[2, 8\], got \[2, 7\]"):
@@ -247,8 +249,8 @@ def test_bad_arguments_are_named(library: Any) -> None:
         backward("RNN_RELU", da=c.clone(), y=none)
     with pytest.raises(RuntimeError, match="resets: expected dtype Bool, got Long"):
         forward(resets=torch.tensor([1, 1]))
-    with pytest.raises(RuntimeError, match="mode: expected LSTM, GRU, RNN_TANH or RNN_RELU, got QRNN"):
-        forward("QRNN")
+    with pytest.raises(RuntimeError, match=r"mode: expected 0 to 3 \(LSTM, GRU, RNN_TANH, RNN_RELU\), got 4"):
+        library.step_forward(4, a, a, none, c, c, none, 0, none, none, none, none, a, c, c, none)
 
 
 def test_architectures() -> None:

@@ -11,7 +11,19 @@ from cases import F32, F64, OWN, backend_parameters, device_of, moved, strided
 from pool_cases import PoolCase
 from recurrent_cases import RecurrentCase, each_mode
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.autograd import forward_ad
+from torch.func import (
+    functional_call,
+    functionalize,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vjp,
+    vmap,
+)
 from torch.nn.utils import parametrizations
 
 import rnnattn
@@ -152,6 +164,44 @@ def test_a_gradient_penalty_is_torchs(name: str, chosen: str) -> None:
 
 
 @each_layer
+def test_mixed_derivatives(name: str, chosen: str) -> None:
+    """A tangent of the cotangent alone, in every way to give it one; and a second pass under saved-tensor hooks."""
+    x, w = torch.randn(4, 2, I, dtype=F64), torch.randn(LAYERS[name][2].get("proj_size", H), dtype=F64)
+    w = w.repeat(2) if LAYERS[name][2].get("bidirectional") else w
+
+    def tangent_of_w(module: nn.Module, create_graph: bool) -> Tensor:
+        inputs = x.clone().requires_grad_()
+        y = module(inputs)[0]
+        with forward_ad.dual_level():
+            loss = (y @ forward_ad.make_dual(w, torch.ones_like(w))).square().sum()
+            (d,) = torch.autograd.grad(loss, inputs, create_graph=create_graph)
+            return forward_ad.unpack_dual(d).tangent.detach()
+
+    def tangent_of_x(module: nn.Module) -> Tensor:
+        with forward_ad.dual_level():
+            d = grad(lambda x: module(x)[0].square().sum())(forward_ad.make_dual(x, torch.ones_like(x)))
+            return forward_ad.unpack_dual(d).tangent.detach()
+
+    def of_pull(module: nn.Module) -> Tensor:
+        y, pull = vjp(lambda x: module(x)[0], x)
+        return jvp(lambda d: pull(d)[0], (y.detach(),), (torch.ones_like(y),))[1].detach()
+
+    def hooked(module: nn.Module) -> Tensor:
+        inputs = x.clone().requires_grad_()
+        (d,) = torch.autograd.grad(module(inputs)[0].square().sum(), inputs, create_graph=True)
+        with torch.autograd.graph.save_on_cpu():
+            loss = d.square().sum()
+        return torch.autograd.grad(loss, inputs)[0]
+
+    results = []
+    for module in twins(name):
+        with torch.backends.mkldnn.flags(enabled=False):
+            both = [tangent_of_w(module, create_graph) for create_graph in (False, True)]
+            results.append([*both, tangent_of_x(module), of_pull(module), hooked(module)])
+    close(*results)
+
+
+@each_layer
 def test_a_third_derivative(name: str) -> None:
     x, results = torch.randn(2, 1, I, dtype=F64), []
     for module in twins(name):
@@ -229,12 +279,73 @@ def test_vmap_over_inputs_and_lengths(name: str, chosen: str) -> None:
 
 
 @each_layer
+def test_per_sample_gradients_with_lengths(name: str, chosen: str) -> None:
+    ours, _ = twins(name)
+    parameters, samples = dict(ours.named_parameters()), torch.randn(3, 4, 2, I, dtype=F64)
+    lengths = torch.tensor([[4, 1], [0, 2], [3, 3]])
+
+    def loss(parameters: Any, x: Tensor, n: Tensor) -> Tensor:
+        return functional_call(ours, parameters, (x,), {"lengths": n})[0].square().sum()
+
+    got = vmap(grad(loss), (None, 0, 0))(parameters, samples, lengths)
+    closed = vmap(lambda x, n: grad(lambda x: loss(parameters, x, n))(x))(samples, lengths)
+    for n, x in enumerate(samples):
+        inputs = x.clone().requires_grad_()
+        dx, *want = torch.autograd.grad(loss(parameters, inputs, lengths[n]), [inputs, *parameters.values()])
+        close([d[n] for d in got.values()], want)
+        close(closed[n], dx)
+
+
+@each_layer
+def test_nested_grad_over_other_arguments(name: str, chosen: str) -> None:
+    """Nothing that the inner level differentiates passes through the layer."""
+    results = []
+    torch.manual_seed(1)
+    x = torch.randn(4, 2, I, dtype=F64)
+    for module in twins(name):
+        parameters = {key: p.detach() for key, p in module.named_parameters()}
+
+        def loss(s: Tensor, parameters: Any, module: nn.Module = module) -> Tensor:
+            return (s * functional_call(module, parameters, (x,))[0]).square().sum()
+
+        outer = grad(lambda p, loss=loss: grad(loss)(torch.tensor(1.3, dtype=F64), p))
+        with torch.backends.mkldnn.flags(enabled=False):
+            results.append(list(outer(parameters).values()))
+    close(*results)
+
+
+@each_layer
+def test_functionalize_and_nothing_to_map(name: str, chosen: str) -> None:
+    ours, _ = twins(name)
+    x = torch.randn(4, 2, I, dtype=F64)
+    close(functionalize(lambda x: ours(x)[0])(x), ours(x)[0])
+    y, pull = vjp(lambda x: ours(x)[0], x)
+    assert vmap(pull)(torch.zeros(0, *y.shape, dtype=F64))[0].shape == (0, *x.shape)
+
+
+@each_layer
+def test_compiled_transforms_are_right_or_raise(name: str) -> None:
+    ours, _ = twins(name)
+    x = torch.randn(4, 2, I, dtype=F64)
+
+    def gradient(x: Tensor) -> Tensor:
+        return grad(lambda x: ours(x)[0].square().sum())(x)
+
+    torch._dynamo.reset()
+    try:
+        got = torch.compile(gradient, backend="aot_eager")(x)
+    except RuntimeError:
+        return
+    close(got, gradient(x))
+
+
+@each_layer
 def test_grad_of_torch_func_takes_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = twins(name)
     parameters, x = dict(ours.named_parameters()), torch.randn(4, 2, I, dtype=F64)
     want = torch.autograd.grad(loss_of(ours)(parameters, x), list(parameters.values()))
-    reference = rnnattn.backends.get("reference")
-    monkeypatch.setattr(reference, "recurrent_layer_forward", None)
+    monkeypatch.setattr("rnnattn.autograd.recurrent.recurrent_layer_forward", None)
+    monkeypatch.setattr(rnnattn.backends.get("reference"), "recurrent_layer_forward", None)
     close(list(grad(loss_of(ours))(parameters, x).values()), list(want))
 
 

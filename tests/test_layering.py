@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A part of rnnattn may import parts of the layers above its own line, and itself.
 LAYERS = (
-    ("_version", "_C", "kernels", "reference", "checks", "autocast"),
+    ("_version", "_C", "kernels", "reference", "transforms"),
+    ("checks", "autocast"),
     ("backends",),
     ("autograd",),
     ("stack", "inspection"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import defaultdict
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
-from cases import F32, F64
+from cases import F32, F64, backend_parameters
 from tolerances import relative_error
 from torch import Tensor, nn
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
@@ -16,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import rnnattn
 
-pytestmark = pytest.mark.usefixtures("chosen")
+on_each_backend = pytest.mark.usefixtures("chosen")
 OURS: dict[Any, Any] = {
     nn.LSTM: rnnattn.LSTM, nn.GRU: rnnattn.GRU, nn.RNN: rnnattn.RNN,
     nn.LSTMCell: rnnattn.LSTMCell, nn.GRUCell: rnnattn.GRUCell, nn.RNNCell: rnnattn.RNNCell,
@@ -58,7 +60,7 @@ def results(module: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
     args, kwargs = fresh((args, kwargs))
     outputs = tensors(module(*args, **kwargs))
     draw = torch.Generator().manual_seed(3)
-    cotangents = [torch.randn(t.shape, generator=draw, dtype=t.dtype) for t in outputs]
+    cotangents = [torch.randn(t.shape, generator=draw).to(t.dtype) for t in outputs]  # the same in every dtype
     leaves = [*module.parameters(), *(t for t in tensors((args, kwargs)) if t.requires_grad)]
     return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
 
@@ -69,6 +71,7 @@ def same(got: list[Tensor], want: list[Tensor]) -> None:
         assert relative_error(mine, theirs) <= EPS * torch.finfo(F64).eps
 
 
+@on_each_backend
 @each_class
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_results_and_gradients(name: str, training: bool) -> None:
@@ -81,18 +84,30 @@ def test_results_and_gradients(name: str, training: bool) -> None:
 
 
 @each_class
-def test_errors_are_of_torchs_size_in_fp32(name: str) -> None:
-    """Beside float64. An ulp of a saturated tanh, which leaves few digits to anyone's gradient, is many of 1 - tanh^2."""
-    for given in inputs_of(name, F32):
-        theirs, ours = twins(name, given, F32)
-        args, kwargs = given.forward_input.args, given.forward_input.kwargs
-        want, others = results(theirs, args, kwargs), results(ours, args, kwargs)
-        wide = tree_map(lambda t: t.detach().double().requires_grad_() if isinstance(t, Tensor) else t, (args, kwargs))
-        for truth, torchs, mine in zip(results(theirs.double(), *wide), want, others, strict=True):
-            allowed = max(4 * relative_error(torchs, truth), 64 * torch.finfo(F32).eps)
-            assert mine.dtype == F32 and relative_error(mine, truth) <= allowed
+@pytest.mark.parametrize("backend", backend_parameters("cpp"))
+def test_errors_are_at_most_torchs_in_fp32(name: str, backend: str) -> None:
+    """The median error of every result over 20 seeds, beside float64, for some of the settings."""
+    eps, errors = torch.finfo(F32).eps, defaultdict[tuple[int, int], list[tuple[float, float]]](list)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        for setting, given in enumerate(inputs_of(name, F32)[::3]):
+            theirs, ours = twins(name, given, F32)
+            args, kwargs = given.forward_input.args, given.forward_input.kwargs
+            torchs = results(theirs, args, kwargs)
+            with rnnattn.use_backend(backend):
+                mine = results(ours, args, kwargs)
+            wide = tree_map(
+                lambda t: t.detach().double().requires_grad_() if isinstance(t, Tensor) else t, (args, kwargs)
+            )
+            for n, truth in enumerate(results(theirs.double(), *wide)):
+                errors[setting, n].append((relative_error(mine[n], truth), relative_error(torchs[n], truth)))
+    assert len(errors) >= 6
+    for samples in errors.values():
+        own, others = (median(column) for column in zip(*samples, strict=True))
+        assert own <= max(1.5 * others, 4 * eps)
 
 
+@on_each_backend
 @each_class
 def test_names_and_copies(name: str) -> None:
     for given in inputs_of(name, F64):
@@ -108,6 +123,7 @@ def test_names_and_copies(name: str) -> None:
             same(results(twin, args, kwargs), want)
 
 
+@on_each_backend
 @each_class
 def test_arguments_of_any_layout(name: str) -> None:
     """Not contiguous, and of another memory format: with gaps between elements, or dimensions swapped."""
@@ -135,11 +151,16 @@ def test_arguments_of_any_layout(name: str) -> None:
                 same(results(ours, *arguments), want)
 
 
+def in_float64(value: Any) -> Any:
+    return value.detach().double().requires_grad_() if isinstance(value, Tensor) else value
+
+
 def outputs_only(module: nn.Module, args: Any, kwargs: Any) -> list[Tensor]:
     with torch.no_grad():
         return tensors(module(*args, **kwargs))
 
 
+@on_each_backend
 @each_class
 def test_parameters_of_any_layout(name: str) -> None:
     for given in inputs_of(name, F64):
@@ -152,6 +173,7 @@ def test_parameters_of_any_layout(name: str) -> None:
             same(results(ours, args, kwargs), want)
 
 
+@on_each_backend
 @each_class
 def test_moves_and_factory_arguments(name: str) -> None:
     """device and dtype, as every module of torch.nn takes them, and what to() and its like do."""
@@ -168,6 +190,7 @@ def test_moves_and_factory_arguments(name: str) -> None:
         same(outputs_only(ours, args, given.forward_input.kwargs), want)
 
 
+@on_each_backend
 @each_class
 def test_bad_inputs_raise_the_same(name: str) -> None:
     info = INFOS[name]

@@ -88,7 +88,7 @@ struct Gru {
     const Vec<F> r = sigmoid(at.sum(0)), z = sigmoid(at.sum(1));
     Vec<F> q = load(at.hidden + 2 * kLanes<F>);
     if (at.bias_q) q += load(at.bias_q + at.unit, at.n);
-    const Vec<F> n = tanh(load(at.input + 2 * kLanes<F>) + r * q);
+    const Vec<F> n = precise_tanh(load(at.input + 2 * kLanes<F>) + r * q);
     if (at.gates) at.save(0, r), at.save(1, z), at.save(2, n), at.save(3, q);
     return (F(1) - z) * n + z * load_row(at.h_prev + at.unit, at.n);
   }
@@ -105,7 +105,7 @@ struct Gru {
   }
 };
 
-// h = tanh(a) or relu(a); the derivative comes from h itself.
+// h = tanh(a) or relu(a); the derivative comes from h itself, all of it through 1 - h^2.
 template <Mode mode>
 struct Rnn {
   static constexpr int kGates = 1, kUnits = 4;
@@ -114,7 +114,7 @@ struct Rnn {
   template <typename F, typename Row>
   RNNATTN_INLINE static Vec<F> forward(const ForwardUnits<F, Row>& at) {
     const Vec<F> a = at.sum(0);
-    if constexpr (mode == Mode::kTanh) return tanh(a);
+    if constexpr (mode == Mode::kTanh) return precise_tanh(a);
     else return a <= F(0) ? Vec<F>{} : a;  // NaN stays
   }
 

@@ -124,11 +124,27 @@ RNNATTN_INLINE FloatVec reciprocal(FloatVec x) {
 
 RNNATTN_INLINE FloatVec sigmoid(FloatVec x) { return reciprocal(1.0f + exp(-x)); }
 
-// m / (m + 2) with m = e^2x - 1 = 2^k (e^r - 1) + (2^k - 1), which keeps the leading digits near zero.
-RNNATTN_INLINE FloatVec tanh(FloatVec x) {
+// m = e^2x - 1 = 2^k (e^r - 1) + (2^k - 1), which keeps the leading digits near zero, and 1 / (m + 2).
+struct Tanh {
+  FloatVec m, part;
+};
+
+RNNATTN_INLINE Tanh tanh_parts(FloatVec x) {
   const Exponential e = exponential(clamp(x + x, -40.0f, 40.0f));
   const FloatVec two_k = scale(splat(1.0f), e.k), m = e.r_exp * two_k + (two_k - 1.0f);
-  return m * reciprocal(m + 2.0f);
+  return {m, reciprocal(m + 2.0f)};
+}
+
+RNNATTN_INLINE FloatVec tanh(FloatVec x) {
+  const Tanh t = tanh_parts(x);
+  return t.m * t.part;
+}
+
+// From a half on by 1 - 2 / (m + 2), within half an epsilon: 1 - tanh^2 keeps its digits, for a fifth of tanh's time more.
+RNNATTN_INLINE FloatVec precise_tanh(FloatVec x) {
+  const IntVec sign = (IntVec)x & INT32_MIN;
+  const Tanh t = tanh_parts((FloatVec)((IntVec)x ^ sign));
+  return (FloatVec)((IntVec)(t.m < 2.0f ? t.m * t.part : 1.0f - 2.0f * t.part) | sign);
 }
 
 // double stays with the C library, one lane at a time: it is there for checks, not for speed.
@@ -141,5 +157,6 @@ inline DoubleVec tanh(DoubleVec x) {
   for (int64_t k = 0; k < kLanes<double>; ++k) x[k] = std::tanh(x[k]);
   return x;
 }
+inline DoubleVec precise_tanh(DoubleVec x) { return tanh(x); }
 
 }  // namespace

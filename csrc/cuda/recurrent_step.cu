@@ -9,17 +9,20 @@ namespace {
 constexpr int kVector = 4;
 constexpr unsigned kThreads = 128;
 
+// The order of rnnattn/backends/cuda.py. Not by name: torch's stable interface does not free the strings it hands over.
+constexpr const char* kModes[] = {"LSTM", "GRU", "RNN_TANH", "RNN_RELU"};
+
 // Calls f with a value of the cell that a mode names.
 template <typename F>
-void with_cell(const char* operation, const std::string& mode, F f) {
-  if (mode == "LSTM") {
+void with_cell(const char* operation, int64_t mode, F f) {
+  if (mode == 0) {
     f(Lstm{});
-  } else if (mode == "GRU") {
+  } else if (mode == 1) {
     f(Gru{});
-  } else if (mode == "RNN_TANH") {
+  } else if (mode == 2) {
     f(Rnn<false>{});
   } else {
-    STD_TORCH_CHECK(mode == "RNN_RELU", "rnnattn ", operation, ": mode: expected LSTM, GRU, RNN_TANH or RNN_RELU, got ", mode);
+    STD_TORCH_CHECK(mode == 3, "rnnattn ", operation, ": mode: expected 0 to 3 (LSTM, GRU, RNN_TANH, RNN_RELU), got ", mode);
     f(Rnn<true>{});
   }
 }
@@ -40,11 +43,11 @@ bool vectors_fit(int64_t H, const Matrix&... a) {
 }
 
 // What a cell reads or writes must be there.
-void require(const char* operation, const std::string& mode, const char* argument, bool needed, const OptionalTensor& a) {
-  STD_TORCH_CHECK(!needed || a, "rnnattn ", operation, ": ", argument, ": expected a tensor for ", mode, ", got None");
+void require(const char* operation, int64_t mode, const char* argument, bool needed, const OptionalTensor& a) {
+  STD_TORCH_CHECK(!needed || a, "rnnattn ", operation, ": ", argument, ": expected a tensor for ", kModes[mode], ", got None");
 }
 
-void forward(std::string mode, const Tensor gates_x, const Tensor gates_h, const OptionalTensor bias_q,
+void forward(int64_t mode, const Tensor gates_x, const Tensor gates_h, const OptionalTensor bias_q,
              const OptionalTensor h_prev, const OptionalTensor c_prev, const OptionalTensor lengths, int64_t t,
              const OptionalTensor resets, const OptionalTensor gates_reset, const OptionalTensor h_reset,
              const OptionalTensor c_reset, const OptionalTensor gates, const OptionalTensor c, const Tensor y,
@@ -88,7 +91,7 @@ void forward(std::string mode, const Tensor gates_x, const Tensor gates_h, const
   });
 }
 
-void backward(std::string mode, const OptionalTensor dy, const OptionalTensor product, const OptionalTensor dh,
+void backward(int64_t mode, const OptionalTensor dy, const OptionalTensor product, const OptionalTensor dh,
               const OptionalTensor dc, const OptionalTensor gates, const OptionalTensor y, const OptionalTensor h_prev,
               const OptionalTensor c, const OptionalTensor c_prev, const OptionalTensor lengths, int64_t t,
               const OptionalTensor resets, const OptionalTensor resets_after, const OptionalTensor c_reset,

@@ -5,10 +5,10 @@
 namespace rnnattn::cuda {
 
 inline constexpr const char* kCudaSchemas[] = {
-    "step_forward(str mode, Tensor gates_x, Tensor gates_h, Tensor? bias_q, Tensor? h_prev, Tensor? c_prev, "
+    "step_forward(int mode, Tensor gates_x, Tensor gates_h, Tensor? bias_q, Tensor? h_prev, Tensor? c_prev, "
     "Tensor? lengths, int t, Tensor? resets, Tensor? gates_reset, Tensor? h_reset, Tensor? c_reset, "
     "Tensor(a!)? gates, Tensor(b!)? c, Tensor(c!) y, Tensor(d!)? h) -> ()",
-    "step_backward(str mode, Tensor? dy, Tensor? product, Tensor(a!)? dh, Tensor(b!)? dc, Tensor? gates, Tensor? y, "
+    "step_backward(int mode, Tensor? dy, Tensor? product, Tensor(a!)? dh, Tensor(b!)? dc, Tensor? gates, Tensor? y, "
     "Tensor? h_prev, Tensor? c, Tensor? c_prev, Tensor? lengths, int t, Tensor? resets, Tensor? resets_after, "
     "Tensor? c_reset, Tensor(c!)? dh_reset, Tensor(d!)? dc_reset, Tensor(e!) da, Tensor(f!)? db) -> ()",
     "softmax_pool_forward(Tensor x, Tensor? v, Tensor? lengths, Tensor? mask, Tensor(a!)? scores, Tensor(b!) partial, "

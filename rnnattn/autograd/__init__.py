@@ -6,7 +6,6 @@ Derivatives without kernels are those of the reference equations (`equations`).
 """
 
 from rnnattn.autograd.attention_pool import attention_pool
-from rnnattn.autograd.equations import run_equations
 from rnnattn.autograd.recurrent import recurrent_layer
 
-__all__ = ["attention_pool", "recurrent_layer", "run_equations"]
+__all__ = ["attention_pool", "recurrent_layer"]

@@ -13,8 +13,9 @@ from torch import Tensor
 from rnnattn import backends
 from rnnattn.autograd.batched import map_one_by_one, one_by_one
 from rnnattn.autograd.eager import is_eager
-from rnnattn.autograd.equations import is_transformed, run_equations, second_gradients
+from rnnattn.autograd.equations import first_gradients, second_gradients
 from rnnattn.reference import accumulation_dtype, attention_pool_forward
+from rnnattn.transforms import is_transformed, want_equations
 
 torch.library.define(
     "rnnattn::attention_pool",
@@ -79,21 +80,28 @@ class AttentionPooling(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_pooled, d_weights, _dlse):  # type: ignore[no-untyped-def]
         x, v, w, b, lengths, mask, pooled, lse = ctx.saved_tensors
+        d_weights = d_weights if ctx.need_weights else None
+        inputs, cotangents = (x, v, w, b), (d_pooled, d_weights)
+        if want_equations(*cotangents, *inputs):
+            return *first_gradients(_equations(lengths, mask), inputs, cotangents), None, None, None, None
         # A gradient that is itself to be differentiated is the operator's, of which autograd knows the gradient.
         run: Any = torch.ops.rnnattn.attention_pool_backward
-        given = (t for t in (x, d_pooled, d_weights) if t is not None)
-        if not torch.is_grad_enabled() and all(is_eager(t) for t in given):
-            run = _backward
-        elif torch.is_grad_enabled() and is_transformed():
+        if torch.is_grad_enabled() and is_transformed():
             run = PoolGradients.apply
-        dx, dv, dw, db = run(
-            d_pooled, d_weights if ctx.need_weights else None, x, v, w, b, lengths, mask, pooled, lse, ctx.backend
-        )
+        elif not torch.is_grad_enabled() and all(is_eager(t) for t in (x, *cotangents) if t is not None):
+            run = _backward
+        dx, dv, dw, db = run(*cotangents, *inputs, lengths, mask, pooled, lse, ctx.backend)
         return dx, dv, None if w is None else dw, None if b is None else db, None, None, None, None
+
+
+def _equations(lengths: Tensor | None, mask: Tensor | None) -> Any:
+    """The outputs of the reference as a function of its differentiable inputs."""
+    return lambda x, v, w, b: attention_pool_forward(x, v, w, b, lengths, mask)[:2]
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     d_pooled, d_weights, x, v, w, b, lengths, mask, *_ = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_pooled, d_weights, lengths, mask, x, v, w, b)
 
 
@@ -101,9 +109,7 @@ def _double_backward(ctx: Any, ddx, ddv, ddw, ddb):  # type: ignore[no-untyped-d
     """pooled and lse are functions of the other inputs here: no gradient is theirs."""
     d_pooled, d_weights, lengths, mask, *inputs = ctx.saved_tensors
     seconds = [None if t is None else dd for t, dd in zip(inputs, (ddx, ddv, ddw, ddb), strict=True)]
-    of_inputs, of_cotangents = second_gradients(
-        lambda x, v, w, b: attention_pool_forward(x, v, w, b, lengths, mask)[:2], inputs, (d_pooled, d_weights), seconds
-    )
+    of_inputs, of_cotangents = second_gradients(_equations(lengths, mask), inputs, (d_pooled, d_weights), seconds)
     return *of_cotangents, *of_inputs, *[None] * 5
 
 
@@ -142,12 +148,12 @@ def attention_pool(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """pooled and, on request, the weights, in x's dtype; shapes in `rnnattn.reference.attention_pool_forward`."""
-    if run_equations(x, v, w, b):
+    if want_equations(x, v, w, b):
         pooled, weights, _ = attention_pool_forward(x, v, w, b, lengths, mask)
         return pooled.to(x.dtype), weights if need_weights else None
     arguments = (x, v, w, b, lengths, mask, need_weights, backend)
     differentiable = any(p is not None and p.requires_grad for p in (x, v, w, b))
-    if torch.is_grad_enabled() and differentiable:
+    if torch.is_grad_enabled() and (is_transformed() or differentiable):
         pooled, weights, _ = AttentionPooling.apply(*arguments)
     else:
         run = _forward if is_eager(x) else torch.ops.rnnattn.attention_pool

@@ -17,7 +17,7 @@ def one_by_one(run: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     """A rule for `torch.func.vmap` of a function whose results are tensors and lists of them."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        results = _stacked([run(*_element(arguments, in_dims, n)) for n in range(info.batch_size)])
+        results = _mapped(run, arguments, in_dims, info.batch_size)
         return results, tuple([0] * len(r) if isinstance(r, list) else 0 for r in results)
 
     return rule
@@ -34,11 +34,24 @@ def map_one_by_one(name: str) -> None:
         sizes = [torch._remove_batch_dim(t, level, 1, 0).shape[0] for t in _tensors(arguments)]  # 1 for one without it
         given = _each(lambda t: torch._remove_batch_dim(t, level, max(sizes), 0), arguments)
         in_dims = _each(lambda t: 0, arguments)
-        results = _stacked([run(*_element(given, in_dims, n)) for n in range(max(sizes))])
+        results = _mapped(run, given, in_dims, max(sizes))
         return _each(lambda t: torch._add_batch_dim(t, 0, level), results)
 
     torch.library.register_vmap(name, one_by_one(run))
     torch.library.impl(name, "Batched", older_rule)
+
+
+def _mapped(run: Callable[..., Any], arguments: Any, in_dims: Any, size: int) -> tuple[Any, ...]:
+    if size > 0:
+        return _stacked([run(*_element(arguments, in_dims, n)) for n in range(size)])
+    # One call tells what results look like, of which there are to be none.
+    results = _stacked([run(*_element(_each(_one, arguments), in_dims, 0))])
+    return _each(lambda t: t[:0], results)
+
+
+def _one(t: Tensor) -> Tensor:
+    """Zeros of t's shape, with 1 where it is 0."""
+    return t.new_zeros([max(size, 1) for size in t.shape])
 
 
 def _tensors(arguments: Any) -> list[Tensor]:
@@ -47,7 +60,7 @@ def _tensors(arguments: Any) -> list[Tensor]:
     return found
 
 
-def _each(function: Callable[[Tensor], Any], arguments: Any) -> Any:
+def _each(function: Callable[[Tensor], Any], arguments: Any) -> tuple[Any, ...]:
     """The arguments, with the function's results in the place of tensors, in lists too."""
     return tuple(
         [function(t) for t in a] if isinstance(a, list | tuple) else function(a) if isinstance(a, Tensor) else a

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnnattn.autograd.equations import is_transformed
+from rnnattn.transforms import is_transformed
 
 _VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")  # of torch.autograd.grad(is_grads_batched=True)
 

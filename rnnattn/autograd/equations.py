@@ -10,62 +10,94 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch.autograd import forward_ad
+
+from rnnattn.transforms import is_transformed
 
 MaybeTensors = Sequence[Tensor | None]
+Equations = Callable[..., Sequence[Tensor]]  # outputs of inputs, differentiably
 
 
-def is_transformed() -> bool:
-    """Whether `torch.func` looks on."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+def first_gradients(forward: Equations, inputs: MaybeTensors, cotangents: MaybeTensors) -> list[Tensor | None]:
+    """The backward of the equations.
 
+    Args:
+        inputs: those of forward; None for what there is not.
+        cotangents: of its outputs, None for zero.
 
-def run_equations(*tensors: Tensor | None) -> bool:
-    """Whether the equations are to run in an operator's place: a tensor has a tangent, or `vmap` or `jvp` looks on."""
-    if is_transformed():
-        return any(i.key() in (TransformType.Vmap, TransformType.Jvp) for i in retrieve_all_functorch_interpreters())
-    return (
-        not torch.compiler.is_compiling()
-        and forward_ad._current_level >= 0
-        and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    )
+    Returns:
+        A gradient for each input.
+    """
+    present, given = _indices(inputs), _indices(cotangents)
+    if not given:
+        return [None if t is None else torch.zeros_like(t) for t in inputs]
+
+    def outputs(*leaves: Tensor) -> tuple[Tensor, ...]:
+        y = forward(*_placed(leaves, present, len(inputs)))
+        return tuple(y[n] for n in given)
+
+    gradients = _pulled_back(outputs, [inputs[n] for n in present], [cotangents[n] for n in given])
+    return _placed(gradients, present, len(inputs))
 
 
 def second_gradients(
-    forward: Callable[..., Sequence[Tensor]], inputs: MaybeTensors, cotangents: MaybeTensors, seconds: MaybeTensors
+    forward: Equations, inputs: MaybeTensors, cotangents: MaybeTensors, seconds: MaybeTensors
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """The backward of a backward.
+    """The backward of the backward.
 
     Args:
-        forward: makes outputs of inputs, differentiably.
-        inputs: those of forward; None for what there is not.
-        cotangents: of its outputs, None for zero. Backward makes gradients of them, one for each input.
-        seconds: cotangents of these gradients, None for zero.
+        inputs, cotangents: as in `first_gradients`.
+        seconds: cotangents of its results, None for zero.
 
     Returns:
-        The gradients of sum(seconds * gradients) with respect to the inputs, and to the cotangents.
+        The gradients of sum(seconds * first_gradients) with respect to the inputs, and to the cotangents.
     """
-    present = [n for n, t in enumerate(inputs) if t is not None]
-    given = [n for n, t in enumerate(cotangents) if t is not None]
+    present, given = _indices(inputs), _indices(cotangents)
     asked = [n for n in present if seconds[n] is not None]
     if not given or not asked:
         return [None] * len(inputs), [None] * len(cotangents)
 
     def gradients(*leaves: Tensor) -> tuple[Tensor, ...]:
-        values = dict(zip(present, leaves, strict=False))
+        values = _placed(leaves[: len(present)], present, len(inputs))
 
-        def outputs(*of_asked: Tensor) -> tuple[Tensor, ...]:
-            changed = values | dict(zip(asked, of_asked, strict=True))
-            y = forward(*(changed.get(n) for n in range(len(inputs))))
-            return tuple(y[n] for n in given)
+        def of_asked(*changed: Tensor) -> Sequence[Tensor]:
+            replaced = dict(zip(asked, changed, strict=True))
+            return forward(*(replaced.get(n, value) for n, value in enumerate(values)))
 
-        pull = torch.func.vjp(outputs, *(values[n] for n in asked))[1]
-        return tuple(pull(leaves[len(present) :]))
+        handed = _placed(leaves[len(present) :], given, len(cotangents))
+        return tuple(d for d in first_gradients(of_asked, [values[n] for n in asked], handed) if d is not None)
 
-    pull = torch.func.vjp(gradients, *(inputs[n] for n in present), *(cotangents[n] for n in given))[1]
-    found = pull(tuple(seconds[n] for n in asked))
-    of_inputs = dict(zip(present, found, strict=False))
-    of_cotangents = dict(zip(given, found[len(present) :], strict=True))
-    return [of_inputs.get(n) for n in range(len(inputs))], [of_cotangents.get(n) for n in range(len(cotangents))]
+    leaves = [*(inputs[n] for n in present), *(cotangents[n] for n in given)]
+    found = _pulled_back(gradients, leaves, [seconds[n] for n in asked])
+    return (
+        _placed(found[: len(present)], present, len(inputs)),
+        _placed(found[len(present) :], given, len(cotangents)),
+    )
+
+
+def _pulled_back(function: Equations, inputs: MaybeTensors, cotangents: MaybeTensors) -> Sequence[Tensor]:
+    """The vector-Jacobian product, itself differentiable where grad mode is on."""
+    if is_transformed():  # where torch.autograd.grad is not to be had; torch.func.vjp refuses saved-tensor hooks
+        pull = torch.func.vjp(function, *inputs)[1]
+        results: Sequence[Tensor] = pull(tuple(cotangents))
+        return results
+    goes_on = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Each its own alias, as one tensor may come in as two; with a path back where it has one.
+        leaves = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs if t is not None]
+        pairs = [(y, d) for y, d in zip(function(*leaves), cotangents, strict=True) if y.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(t) for t in leaves]
+    return torch.autograd.grad(
+        [y for y, _ in pairs], leaves, [d for _, d in pairs], create_graph=goes_on, allow_unused=True,
+        materialize_grads=True,
+    )  # fmt: skip
+
+
+def _indices(tensors: MaybeTensors) -> list[int]:
+    return [n for n, t in enumerate(tensors) if t is not None]
+
+
+def _placed(tensors: Sequence[Tensor], at: Sequence[int], length: int) -> list[Tensor | None]:
+    """A list of that length with the tensors at those places, None at others."""
+    places = dict(zip(at, tensors, strict=True))
+    return [places.get(n) for n in range(length)]

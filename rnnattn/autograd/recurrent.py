@@ -15,8 +15,9 @@ from torch import Tensor
 from rnnattn import backends
 from rnnattn.autograd.batched import map_one_by_one, one_by_one
 from rnnattn.autograd.eager import is_eager, is_last_use
-from rnnattn.autograd.equations import is_transformed, run_equations, second_gradients
+from rnnattn.autograd.equations import first_gradients, second_gradients
 from rnnattn.reference import CELLS, DIRECTIONS, accumulation_dtype, recurrent_layer_forward, split_weights
+from rnnattn.transforms import is_transformed, want_equations
 
 torch.library.define(
     "rnnattn::recurrent_layer",
@@ -24,13 +25,14 @@ torch.library.define(
     "bool reset_to_initial, bool has_biases, str direction, str mode, bool save, str backend) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
 )
-torch.library.define(
-    "rnnattn::recurrent_layer_backward",
+_BACKWARD = (
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, "
     "Tensor? lengths, Tensor? resets, bool reset_to_initial, Tensor y, Tensor gates, Tensor cells, "
     "bool has_biases, str direction, str mode, bool needs_dx, bool needs_dweights, str backend) "
-    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)",
+    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
 )
+torch.library.define("rnnattn::recurrent_layer_backward", _BACKWARD)
+torch.library.define("rnnattn::recurrent_layer_gradients", _BACKWARD)  # the same, whoever looks on
 
 
 def _forward(  # type: ignore[no-untyped-def]
@@ -126,6 +128,40 @@ class RecurrentLayer(torch.autograd.Function):
         return *gradients[:3], *[None] * 7, *gradients[3]
 
 
+def _differentiable_backward(*arguments, own_gates=False):  # type: ignore[no-untyped-def]
+    """What `rnnattn::recurrent_layer_backward` gives, so that whoever looks on can differentiate or map it."""
+    (dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, _, _, _, has_biases, direction, mode,
+     _, needs_dweights, _) = arguments  # fmt: skip
+    cotangents = dy, dh_n, dc_n
+    if want_equations(*cotangents, x, h0, c0, *weights):
+        forward = _equations(lengths, resets, reset_to_initial, has_biases, direction, mode)
+        dx, dh0, dc0, *dweights = first_gradients(forward, (x, h0, c0, *weights), cotangents)
+        own = [dweights[n] for n in _own(len(weights), has_biases, direction, mode)]
+        return dx, dh0, x.new_empty(0) if dc0 is None else dc0, own if needs_dweights else []
+    if torch.is_grad_enabled() and is_transformed():
+        dx, dh0, dc0, *dweights = LayerGradients.apply(*arguments[:6], *arguments[7:], *weights)
+        return dx, dh0, dc0, dweights
+    # A gradient that is itself to be differentiated is the operator's, of which autograd knows the gradient.
+    if not torch.is_grad_enabled() and all(is_eager(t) for t in (x, *cotangents) if t is not None):
+        return _backward(*arguments, overwrites_gates=own_gates and is_last_use())  # type: ignore[misc]
+    return torch.ops.rnnattn.recurrent_layer_backward(*arguments)
+
+
+def _equations(*settings: Any) -> Any:
+    """The outputs of the reference as a function of its differentiable inputs."""
+
+    def forward(x: Tensor, h0: Tensor, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
+        return recurrent_layer_forward(x, h0, c0, list(weights), *settings)[:3]
+
+    return forward
+
+
+def _own(weights: int, has_biases: bool, direction: str, mode: str) -> list[int]:
+    """Those of a layer's weights that have a gradient of their own: b_hh's is b_ih's where the cell shares it."""
+    per_direction = weights // len(DIRECTIONS[direction])
+    return [n for n in range(weights) if not (has_biases and CELLS[mode].shared and n % per_direction == 3)]
+
+
 def _gradients(  # type: ignore[no-untyped-def]
     ctx: Any, dy, dh_n, dc_n, needs_dx: bool, needs_dweights: bool, own_gates: bool = False
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor | None]]:
@@ -136,13 +172,7 @@ def _gradients(  # type: ignore[no-untyped-def]
         dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases, direction,
         mode, needs_dx, needs_dweights, backend,
     )  # fmt: skip
-    # A gradient that is itself to be differentiated is the operator's, of which autograd knows the gradient.
-    if all(is_eager(t) for t in (x, dy, dh_n, dc_n) if t is not None) and not torch.is_grad_enabled():
-        dx, dh0, dc0, dweights = _backward(*arguments, overwrites_gates=own_gates and is_last_use())
-    elif is_transformed() and torch.is_grad_enabled():
-        dx, dh0, dc0, *dweights = LayerGradients.apply(*arguments[:6], *arguments[7:], *weights)
-    else:
-        dx, dh0, dc0, dweights = torch.ops.rnnattn.recurrent_layer_backward(*arguments)
+    dx, dh0, dc0, dweights = _differentiable_backward(*arguments, own_gates=own_gates)
     dx, dc0 = dx if needs_dx else None, None if c0 is None else dc0
     if not needs_dweights:
         return dx, dh0, dc0, [None] * len(weights)
@@ -166,12 +196,14 @@ def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _op_backward(ctx: Any, dy, dh_n, dc_n, _dgates, _dcells):  # type: ignore[no-untyped-def]
-    dx, dh0, dc0, dweights = _gradients(ctx, dy, dh_n, dc_n, ctx.needs_input_grad[0], True)
+    needs = ctx.needs_input_grad
+    dx, dh0, dc0, dweights = _gradients(ctx, dy, dh_n, dc_n, needs[0], any(needs[3]))
     return dx, dh0, dc0, dweights, *[None] * 8
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, _, _, _, *settings = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(dy, dh_n, dc_n, lengths, resets, x, h0, c0, *weights)
     ctx.settings = reset_to_initial, *settings[:5]
 
@@ -180,24 +212,19 @@ def _double_backward(ctx: Any, ddx, ddh0, ddc0, ddweights):  # type: ignore[no-u
     """y, gates and cells are functions of the other inputs here: no gradient is theirs."""
     dy, dh_n, dc_n, lengths, resets, *inputs = ctx.saved_tensors
     reset_to_initial, has_biases, direction, mode, needs_dx, needs_dweights = ctx.settings
-
-    def forward(x: Tensor, h0: Tensor, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
-        return recurrent_layer_forward(
-            x, h0, c0, list(weights), lengths, resets, reset_to_initial, has_biases, direction, mode
-        )[:3]
-
-    of_weights: list[Tensor | None] = [None] * len(inputs[3:])
+    seconds: list[Tensor | None] = [ddx if needs_dx else None, ddh0, None if inputs[2] is None else ddc0]
+    seconds += [None] * len(inputs[3:])
     if needs_dweights:
-        per_direction = len(of_weights) // len(DIRECTIONS[direction])
-        own = [n for n in range(len(of_weights)) if not (has_biases and CELLS[mode].shared and n % per_direction == 3)]
-        for n, dd in zip(own, ddweights, strict=True):
-            of_weights[n] = dd
-    seconds = [ddx if needs_dx else None, ddh0, None if inputs[2] is None else ddc0, *of_weights]
+        for n, dd in zip(_own(len(inputs[3:]), has_biases, direction, mode), ddweights, strict=True):
+            seconds[3 + n] = dd
+    forward = _equations(lengths, resets, reset_to_initial, has_biases, direction, mode)
     (dx, dh0, dc0, *dweights), of_cotangents = second_gradients(forward, inputs, (dy, dh_n, dc_n), seconds)
     return *of_cotangents, dx, dh0, dc0, dweights, *[None] * 12
 
 
 map_one_by_one("rnnattn::recurrent_layer_backward")
+for _key in ("CompositeImplicitAutograd", "Batched"):
+    torch.library.impl("rnnattn::recurrent_layer_gradients", _key, _differentiable_backward)
 
 
 class LayerGradients(torch.autograd.Function):
@@ -244,11 +271,16 @@ def recurrent_layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, h_n, c_n of one layer; see `rnnattn.reference.recurrent_layer_forward` for the shapes."""
     states = (h0,) if c0 is None else (h0, c0)
-    if run_equations(x, *states, *weights):
+    if want_equations(x, *states, *weights):
         y, h_n, c_n, _, _ = recurrent_layer_forward(
             x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode
         )
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights)):
+    elif torch.compiler.is_compiling():
+        save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights))
+        y, h_n, c_n, _, _ = torch.ops.rnnattn.recurrent_layer(
+            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save, backend
+        )
+    elif torch.is_grad_enabled() and (is_transformed() or any(t.requires_grad for t in (x, *states, *weights))):
         y, h_n, c_n, _, _ = RecurrentLayer.apply(
             x, h0, c0, lengths, resets, reset_to_initial, has_biases, direction, mode, backend, *weights
         )

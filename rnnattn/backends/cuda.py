@@ -17,6 +17,7 @@ from rnnattn.backends.cpp import build_info, extension_error, native
 from rnnattn.reference.attention_pool import kept_steps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODES = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")  # their numbers in csrc/cuda/recurrent_step.cu
 TILE = 32  # steps that a block of a pooling kernel takes at a time
 BLOCKS = 512  # enough of them to fill a GPU
 
@@ -158,8 +159,13 @@ class Step:
     """The operators as `stepwise.StepKernels`."""
 
     def __init__(self, ops: Any) -> None:
-        self.forward = ops.step_forward
-        self.backward = ops.step_backward
+        self._ops = ops
+
+    def forward(self, mode: str, *arguments: Any) -> None:
+        self._ops.step_forward(MODES.index(mode), *arguments)
+
+    def backward(self, mode: str, *arguments: Any) -> None:
+        self._ops.step_backward(MODES.index(mode), *arguments)
 
 
 def runs_on(architecture: str, device: tuple[int, int]) -> bool:

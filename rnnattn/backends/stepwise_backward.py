@@ -55,8 +55,9 @@ def layer_backward(
         y_k, dy_k = y[..., k * R : (k + 1) * R], None if dy is None else dy[..., k * R : (k + 1) * R]
         gates_k, cells_k = gates[k] if cell.saved else None, cells[k] if cell.has_c else None
         c0_k = None if c0 is None else c0[k].to(acc).contiguous()
-        reset = scan_resets(resets, reset_to_initial, h0[k], c0_k, lengths, reverses[k])
-        h_prev = previous_states(y_k, h0[k], lengths, reverses[k])
+        h0_k = h0[k].contiguous()
+        reset = scan_resets(resets, reset_to_initial, h0_k, c0_k, lengths, reverses[k])
+        h_prev = previous_states(y_k, h0_k, lengths, reverses[k])
         if reset is not None:
             h_prev = torch.where(reset.before, reset.h, h_prev)
         da, db, dh_out, dh, dc = _scan(
@@ -78,7 +79,9 @@ def layer_backward(
 def _start(d: Tensor | None, state: Tensor, k: int) -> Tensor:
     """The gradient of a direction's last state, to be written over."""
     acc = accumulation_dtype(state.dtype)
-    return torch.zeros_like(state[k], dtype=acc) if d is None else d[k].to(acc, copy=True).contiguous()
+    if d is None:
+        return torch.zeros(state.shape[1:], dtype=acc, device=state.device)
+    return d[k].to(acc, copy=True, memory_format=torch.contiguous_format)
 
 
 def _scan(

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnattn._version import __version__
-from rnnattn.autograd import run_equations
 from rnnattn.backends.cpp import build_info, native, prepared_call
 from rnnattn.checks import check_recurrent, checked_lengths, checked_resets
 from rnnattn.nn.cells import _Cell
@@ -23,6 +22,7 @@ from rnnattn.nn.recurrent import Lengths, States, _Recurrent
 from rnnattn.nn.weight_watch import WeightWatch
 from rnnattn.reference import CELLS
 from rnnattn.stack import op_name, wants_grad
+from rnnattn.transforms import want_equations
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]  # y, h_n, c_n
 
@@ -67,7 +67,7 @@ class _PackedWeights:
                 f"{op}: a module from prepare_inference() has no gradients, but an input requires grad; call it "
                 "under torch.inference_mode() or torch.no_grad(), or detach the input"
             )
-        if run_equations(x, h0, c0):
+        if want_equations(x, h0, c0):
             raise RuntimeError(
                 f"{op}: a module from prepare_inference() has no tangents and is not to be mapped; call the module "
                 "that it was prepared from"

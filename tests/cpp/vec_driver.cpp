@@ -90,6 +90,11 @@ int main() {
   // Where vec.h clamps, sigmoid ends at e^-87.
   check_function<float>("sigmoid", 3, 2e-38, [](FloatVec x) { return sigmoid(x); }, logistic);
   check_function<float>("tanh", 3, 0, [](FloatVec x) { return tanh(x); }, [](double x) { return std::tanh(x); });
+  const auto precise = [](FloatVec x) { return precise_tanh(x); };
+  check_function<float>("precise_tanh", 3, 0, precise, [](double x) { return std::tanh(x); });
+  // Near 1, where floats are half an epsilon apart.
+  check_function<float>("precise_tanh near 1", 0, 0.55 * std::numeric_limits<float>::epsilon(),
+                        [&](FloatVec x) { return precise(x * x + 1.0f); }, [](double x) { return std::tanh(float(x) * float(x) + 1.0f); });
   check_function<double>("sigmoid, double", 3, 0, [](DoubleVec x) { return sigmoid(x); }, logistic);
   check_function<double>("tanh, double", 3, 0, [](DoubleVec x) { return tanh(x); }, [](double x) { return std::tanh(x); });
   std::printf("vectors of %d bytes: %d failures\n", kVectorBytes, failures);

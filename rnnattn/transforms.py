@@ -1,0 +1,30 @@
+"""Who looks on while an operation runs: the transforms of `torch.func`, and forward-mode differentiation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` looks on."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_mapped() -> bool:
+    """Whether `vmap` is among those, so that a tensor may stand for many."""
+    return is_transformed() and any(i.key() == TransformType.Vmap for i in retrieve_all_functorch_interpreters())
+
+
+def want_equations(*tensors: Tensor | None) -> bool:
+    """Whether there is more to find out than kernels tell: a tensor has a tangent, or another transform than
+    `torch.func.grad` looks on."""
+    if torch.compiler.is_compiling():
+        return False
+    tangents = forward_ad._current_level >= 0
+    if is_transformed():  # which hides tangents
+        return tangents or any(i.key() != TransformType.Grad for i in retrieve_all_functorch_interpreters())
+    return tangents and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
