@@ -74,7 +74,8 @@ class _Recurrent(DirectCalls, nn.RNNBase):
         """Does what nn.RNNBase's does, which takes five times as long to find that nothing has changed."""
         own = self._parameters
         for ref, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
-            if ref is None or ref() is not own.get(name):
+            # Not None for a weight that is no parameter: that is what a reference to a freed tensor gives.
+            if ref is None or ref() is not own.get(name, self):
                 return super()._update_flat_weights()
 
     def _run_checked(
