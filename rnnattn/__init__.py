@@ -16,6 +16,7 @@ from rnnattn.backends import BackendError, empty_cache, use_backend
 from rnnattn.inspection import explain, show_config
 from rnnattn.models import SequenceClassifier
 from rnnattn.nn import GRU, LSTM, RNN, AttentionPool, GRUCell, LSTMCell, RNNCell
+from rnnattn.onnx import onnx_export
 from rnnattn.swap import SwapReport, swap, unswap
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "empty_cache",
     "explain",
     "functional",
+    "onnx_export",
     "show_config",
     "swap",
     "unswap",

@@ -145,10 +145,10 @@ def test_inductor() -> None:
 
 def test_export(model: Model) -> None:
     x, lengths = _inputs()
-    time = torch.export.Dim("time", min=2, max=1000)
-    program = torch.export.export(model.eval(), (x, lengths), dynamic_shapes=({1: time}, None))
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("time", min=2, max=1000)
+    program = torch.export.export(model.eval(), (x, lengths), dynamic_shapes=({0: batch, 1: time}, {0: batch}))
     targets = [str(node.target) for node in program.graph.nodes]
     assert sum("rnnattn.recurrent_layer" in target for target in targets) == 2
-    for T in (6, 11):
-        x, lengths = _inputs(3, T)
+    for B, T in ((3, 6), (3, 11), (5, 2)):
+        x, lengths = _inputs(B, T)
         close(program.module()(x, lengths), model(x, lengths))

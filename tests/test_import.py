@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 
-OPTIONAL = {"triton", "rnnattn.kernels", "rnnattn._C", "rich", "matplotlib", "sklearn", "scipy", "onnx", "hypothesis"}
+OPTIONAL = {"triton", "rnnattn.kernels", "rnnattn._C", "rich", "matplotlib", "sklearn", "scipy", "hypothesis"} | {
+    "onnx", "onnxscript", "onnxruntime",
+}  # fmt: skip
 SECONDS = 0.3
 
 PROBE = """

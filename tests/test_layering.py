@@ -24,7 +24,7 @@ LAYERS = (
     ("stack", "inspection"),
     ("functional",),
     ("nn",),
-    ("models", "swap"),
+    ("models", "swap", "onnx"),
     ("cli",),
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
