@@ -71,12 +71,17 @@ def onnx_export(
             module.training = training
 
 
+def _operators() -> Any:
+    from onnxscript import opset18
+
+    return opset18
+
+
 def _recurrent_layer(  # type: ignore[no-untyped-def]
     x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save, backend
 ):
     """y, h_n, c_n of one layer; what the cell has not, and what only a backward reads, is anything."""
-    from onnxscript import opset18 as op
-
+    op = _operators()
     kind, order, settings = NODES[mode]
     K = 2 if direction == "bidirectional" else 1
     per_direction, H = len(weights) // K, int(weights[1].shape[1])
@@ -116,7 +121,7 @@ def _recurrent_layer(  # type: ignore[no-untyped-def]
 
 def _attention_pool(x, v, w, b, lengths, mask, need_weights, backend):  # type: ignore[no-untyped-def]
     """pooled, p and lse; see `rnnattn.reference.attention_pool`."""
-    from onnxscript import opset18 as op
+    op = _operators()
 
     def last(t: Any) -> Any:
         return op.Unsqueeze(t, op.Constant(value_ints=[-1]))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from rnnattn import functional
+from rnnattn.nn.nested import like, padded
 
 
 class AttentionPool(nn.Module):
@@ -85,13 +86,14 @@ class AttentionPool(nn.Module):
         """Pools each row.
 
         Args:
-            input: [B, T, D] ([T, B, D] without batch_first), [T, D] unbatched, or a PackedSequence.
+            input: [B, T, D] ([T, B, D] without batch_first), [T, D] unbatched, a PackedSequence, or a nested
+                tensor [B, j, D] of layout torch.jagged, whatever batch_first says.
             lengths: integers [B] on any device, each in [0, T]: keep the first steps of each row.
             mask: bool [B, T] whatever batch_first says ([T] unbatched), True = keep.
             return_weights: also return the attention weights.
 
         Returns:
-            pooled [B, D] ([D] unbatched), and with return_weights the weights [B, T] ([T]).
+            pooled [B, D] ([D] unbatched), and with return_weights the weights [B, T] ([T], nested [B, j]).
             A row that keeps no step gives zeros.
 
         Raises:
@@ -101,6 +103,8 @@ class AttentionPool(nn.Module):
             if lengths is not None or mask is not None:
                 raise ValueError("AttentionPool: expected no lengths or mask with a PackedSequence")
             x, lengths = pad_packed_sequence(input, batch_first=True)
+        elif input.is_nested:
+            x, lengths = padded("AttentionPool", input, lengths=lengths, mask=mask)
         elif input.dim() == 2:
             mask = None if mask is None else mask.unsqueeze(0)
             x = input.unsqueeze(0)
@@ -115,7 +119,9 @@ class AttentionPool(nn.Module):
         pooled, weights = functional.attention_pool(
             x, self.v, self.weight, self.bias, lengths=lengths, mask=mask, need_weights=return_weights
         )
-        if isinstance(input, Tensor) and input.dim() == 2:
+        if isinstance(input, Tensor) and input.is_nested:
+            weights = None if weights is None else like(input, weights)
+        elif isinstance(input, Tensor) and input.dim() == 2:
             pooled, weights = pooled.squeeze(0), None if weights is None else weights.squeeze(0)
         return pooled if weights is None else (pooled, weights)
 

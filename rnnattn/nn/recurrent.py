@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from rnnattn.checks import checked_resets
 from rnnattn.functional import NONLINEARITIES
 from rnnattn.nn.direct import DirectCalls
+from rnnattn.nn.nested import like, padded
 from rnnattn.stack import run_stack
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class _Recurrent(DirectCalls, nn.RNNBase):
             if resets is not None:
                 raise ValueError(f"{self._kind}: expected no resets with a PackedSequence; pad it and use lengths=")
             return self._run_packed(input, hx)
+        if input.is_nested:
+            return self._run_nested(input, hx, lengths, resets)
         if input.dim() not in (2, 3):
             raise ValueError(f"{self._kind}: Expected input to be 2D or 3D, got {input.dim()}D{self._suffix} instead")
         batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
@@ -108,6 +111,12 @@ class _Recurrent(DirectCalls, nn.RNNBase):
         if batched:
             return output, states
         return output.squeeze(batch_dim), tuple(state.squeeze(1) for state in states)
+
+    def _run_nested(self, nested: Tensor, hx: Any, lengths: Lengths, resets: Tensor | None) -> tuple[Tensor, States]:
+        x, own = padded(self._kind, nested, lengths=lengths, resets=resets)
+        output, states = self._run_checked(x if self.batch_first else x.transpose(0, 1), hx, own, None, False)
+        assert isinstance(output, Tensor)
+        return like(nested, output if self.batch_first else output.transpose(0, 1)), states
 
     def _run_packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, States]:
         """Runs in the packed order, so that only the caller's states change places."""
@@ -195,7 +204,8 @@ class LSTM(_Recurrent):
         """Runs the stack.
 
         Args:
-            input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
+            input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, a PackedSequence, or
+                a nested tensor [B, j, I] of layout torch.jagged, whatever batch_first says.
             hx: (h_0 [L * K, B, R], c_0 [L * K, B, H]), without B where the input is unbatched;
                 zeros by default.
             lengths: integers [B] on any device, each in [0, T]: row b ends after lengths[b] steps.
@@ -205,7 +215,7 @@ class LSTM(_Recurrent):
             reset_to_initial: episodes start from hx instead.
 
         Returns:
-            output (packed if the input was) with K * R features, and (h_n, c_n) shaped as hx.
+            output (packed or nested if the input was) with K * R features, and (h_n, c_n) shaped as hx.
 
         Raises:
             RuntimeError, ValueError, TypeError: as torch.nn.LSTM, or naming the argument.
@@ -235,12 +245,13 @@ class _WithoutCellState(_Recurrent):
         """Runs the stack.
 
         Args:
-            input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence.
+            input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, a PackedSequence, or
+                a nested tensor [B, j, I] of layout torch.jagged, whatever batch_first says.
             hx: h_0 [L * K, B, H], without B where the input is unbatched; zeros by default.
             lengths, resets, reset_to_initial: as in `LSTM.forward`.
 
         Returns:
-            output (packed if the input was) with K * H features, and h_n shaped as hx.
+            output (packed or nested if the input was) with K * H features, and h_n shaped as hx.
 
         Raises:
             RuntimeError, ValueError, TypeError: as torch.nn's module of the same name, or naming the
