@@ -63,6 +63,21 @@ def checked_resets(resets: Tensor | None, input: Tensor, batch_first: bool) -> T
     return resets.t() if batch_first else resets
 
 
+def check_recompute(recompute: str | None, reset_to_initial: bool) -> bool:
+    """Whether the steps are to be computed again in the backward pass, in chunks.
+
+    Raises:
+        ValueError: an unknown way; resets that are not to zeros.
+    """
+    if recompute is None:
+        return False
+    if recompute != "chunk":
+        raise ValueError(f"recompute: expected None or 'chunk', got {recompute!r}")
+    if reset_to_initial:
+        raise ValueError("recompute: expected no reset_to_initial with 'chunk', only resets to zeros")
+    return True
+
+
 def checked_mask(mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
     """Raises TypeError where mask is not bool, ValueError where its shape or device is off."""
     if mask is None:

@@ -35,6 +35,7 @@ def lstm(
     lengths: Tensor | Sequence[int] | None = None,
     resets: Tensor | None = None,
     reset_to_initial: bool = False,
+    recompute: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A stack of LSTM layers over a batch of sequences.
 
@@ -62,6 +63,10 @@ def lstm(
             direction of any layer. In the forward direction one at t = 0 replaces hx; those at or behind a
             row's length have no effect.
         reset_to_initial: resets are to hx, to which gradients flow from each of them, not to zeros.
+        recompute: "chunk" to keep, for the backward pass, the states at the borders of chunks of sqrt(T) steps alone,
+            and to compute each chunk again when its turn comes: one more forward for memory of the order of
+            sqrt(T). Gradients are the same, but have no gradients themselves. Not while compiling; not with
+            reset_to_initial.
 
     Returns:
         output as `input` with K * R features, h_n [L * K, B, R], c_n [L * K, B, H].
@@ -75,7 +80,7 @@ def lstm(
     h0, c0 = hx
     output, h_n, c_n = run_stack(
         "LSTM", input, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths,
-        resets, reset_to_initial,
+        resets, reset_to_initial, recompute,
     )  # fmt: skip
     assert c_n is not None
     return output, h_n, c_n
@@ -94,6 +99,7 @@ def gru(
     lengths: Tensor | Sequence[int] | None = None,
     resets: Tensor | None = None,
     reset_to_initial: bool = False,
+    recompute: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of GRU layers over a batch of sequences.
 
@@ -101,7 +107,7 @@ def gru(
         n = tanh(W_in x_t + b_in + r * (W_hn h_{t-1} + b_hn))      rows n
         h_t = (1 - z) * n + z * h_{t-1}
 
-    Equivalent to `torch.gru` with the same arguments; with `lengths` and `resets` as for `lstm`.
+    Equivalent to `torch.gru` with the same arguments; with `lengths`, `resets` and `recompute` as for `lstm`.
 
     Args:
         hx: h0 [L * K, B, H].
@@ -119,7 +125,7 @@ def gru(
     """
     output, h_n, _ = run_stack(
         "GRU", input, hx, None, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths,
-        resets, reset_to_initial,
+        resets, reset_to_initial, recompute,
     )  # fmt: skip
     return output, h_n
 
@@ -138,13 +144,14 @@ def rnn(
     lengths: Tensor | Sequence[int] | None = None,
     resets: Tensor | None = None,
     reset_to_initial: bool = False,
+    recompute: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A stack of simple recurrent layers over a batch of sequences.
 
         h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)      or relu
 
-    Equivalent to `torch.rnn_tanh` or `torch.rnn_relu` with the same arguments; with `lengths` and
-    `resets` as for `lstm`.
+    Equivalent to `torch.rnn_tanh` or `torch.rnn_relu` with the same arguments; with `lengths`,
+    `resets` and `recompute` as for `lstm`.
 
     Args:
         hx: h0 [L * K, B, H].
@@ -163,7 +170,7 @@ def rnn(
     """
     output, h_n, _ = run_stack(
         _rnn_mode(nonlinearity), input, hx, None, weights, has_biases, num_layers, dropout, training, bidirectional,
-        batch_first, lengths, resets, reset_to_initial,
+        batch_first, lengths, resets, reset_to_initial, recompute,
     )  # fmt: skip
     return output, h_n
 

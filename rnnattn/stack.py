@@ -15,9 +15,9 @@ from torch import Tensor
 from rnnattn import autograd, backends
 from rnnattn.autocast import autocast_dtype, lowered
 from rnnattn.backends import Call
-from rnnattn.checks import check_recurrent, checked_lengths, checked_resets
+from rnnattn.checks import check_recompute, check_recurrent, checked_lengths, checked_resets
 from rnnattn.reference import CELLS
-from rnnattn.transforms import want_equations
+from rnnattn.transforms import is_transformed, want_equations
 
 
 def run_stack(
@@ -35,6 +35,7 @@ def run_stack(
     lengths: Tensor | Sequence[int] | None = None,
     resets: Tensor | None = None,
     reset_to_initial: bool = False,
+    recompute: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """output, h_n and c_n (None for a cell without c); mode is a key of `reference.CELLS`."""
     low = autocast_dtype(input)
@@ -43,7 +44,7 @@ def run_stack(
             return run_stack(
                 mode, lowered(input, low), lowered(h0, low), lowered(c0, low), [lowered(w, low) for w in weights],
                 has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths, resets,
-                reset_to_initial,
+                reset_to_initial, recompute,
             )  # fmt: skip
     weights = list(weights)
     x = input.transpose(0, 1) if batch_first else input
@@ -52,9 +53,10 @@ def run_stack(
     lengths = checked_lengths(lengths, x.shape[1], x.shape[0], x.device)
     resets = checked_resets(resets, input, batch_first)
     ragged, has_resets = lengths is not None, resets is not None
-    backend = "reference"
-    if not want_equations(x, h0, c0, *weights):
-        backend = backends.select(_call(mode, x, h0, c0, weights, num_layers, K, ragged, has_resets)).backend
+    in_chunks = check_recompute(recompute, resets is not None and reset_to_initial)
+    backend, looked_on = "reference", want_equations(x, h0, c0, *weights)
+    if not looked_on:
+        backend = backends.select(_call(mode, x, h0, c0, weights, num_layers, K, ragged, has_resets, in_chunks)).backend
     if backend == "torch":
         y, h_n, c_n = backends.TORCH.recurrent(
             mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, lengths
@@ -62,7 +64,7 @@ def run_stack(
     else:
         y, h_n, c_n = _layers(
             mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, K, lengths, resets, reset_to_initial,
-            backend,
+            backend, in_chunks and not looked_on,
         )  # fmt: skip
     return y.transpose(0, 1) if batch_first else y, h_n, c_n
 
@@ -82,7 +84,9 @@ def _layers(
     resets: Tensor | None,
     reset_to_initial: bool,
     backend: str,
+    in_chunks: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    in_chunks = in_chunks and not torch.compiler.is_compiling() and not is_transformed()
     direction = "bidirectional" if K == 2 else "forward"
     per_layer = len(weights) // num_layers
     h_n: list[Tensor] = []
@@ -91,10 +95,12 @@ def _layers(
         if layer > 0 and dropout > 0 and training:
             x = F.dropout(x, dropout)
         states = slice(layer * K, (layer + 1) * K)
-        x, h, c = autograd.recurrent_layer(
-            x, h0[states], None if c0 is None else c0[states], weights[layer * per_layer : (layer + 1) * per_layer],
-            lengths, resets, reset_to_initial, has_biases, direction, mode, backend,
-        )  # fmt: skip
+        own = weights[layer * per_layer : (layer + 1) * per_layer]
+        inputs = x, h0[states], None if c0 is None else c0[states], own, lengths, resets
+        if in_chunks and wants_grad(x, *inputs[1:3], *own):
+            x, h, c = autograd.recurrent_layer_in_chunks(*inputs, has_biases, direction, mode, backend)
+        else:
+            x, h, c = autograd.recurrent_layer(*inputs, reset_to_initial, has_biases, direction, mode, backend)
         h_n.append(h)
         if c is not None:
             c_n.append(c)
@@ -129,6 +135,7 @@ def _call(
     K: int,
     ragged: bool,
     resets: bool,
+    in_chunks: bool,
 ) -> Call:
     """What `backends.select` needs to know; x is [T, B, I]."""
     T, B, I = x.shape
@@ -136,5 +143,5 @@ def _call(
     H = R if c0 is None else c0.shape[-1]
     return Call(
         op_name(mode), x.device.type, x.dtype, B, T, I, H, num_layers, K, R if R != H else 0, ragged,
-        wants_grad(x, h0, c0, *weights), torch.compiler.is_compiling(), resets,
+        wants_grad(x, h0, c0, *weights), torch.compiler.is_compiling(), resets, in_chunks,
     )  # fmt: skip

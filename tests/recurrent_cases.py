@@ -41,6 +41,7 @@ class RecurrentCase:
     layout: str = "contiguous"  # or strided, transposed, expanded, batch_first
     nan: bool = False  # NaN in x and dy at invalid steps
     scale: float = 1.0  # of x
+    recompute: str = ""  # or chunk
     apart: bool = False  # every unit's sum stays far from 0, where relu has its kink
 
     @property
@@ -53,7 +54,7 @@ class RecurrentCase:
             self.to_initial and "to_initial", self.states and "states",
             len(self.cotangents) < 3 and "only_" + "_".join(self.cotangents),
             self.layout != "contiguous" and self.layout, self.nan and "nan", self.scale != 1 and f"x{self.scale:g}",
-            self.apart and "apart",
+            self.recompute, self.apart and "apart",
         ]  # fmt: skip
         return "-".join([f"B{self.B}-T{self.T}-I{self.I}-H{self.H}", *(f for f in flags if f)])
 
@@ -63,7 +64,7 @@ class RecurrentCase:
         return self.mode.split("_")[0].lower() + ("" if self.scale == 1 else "_large")
 
     def offered(self, backend: str, dtype: torch.dtype) -> bool:
-        if backend == "torch" and self.resets:
+        if backend == "torch" and (self.resets or self.recompute):
             return False
         if backend == "torch" and (self.B == 0 or self.direction == "reverse"):
             return False
@@ -187,7 +188,7 @@ class RecurrentCase:
         settings: dict[str, Any] = {
             "has_biases": self.bias, "num_layers": self.layers, "bidirectional": self.directions == 2,
             "batch_first": self.layout == "batch_first", "lengths": lengths,
-            "resets": resets, "reset_to_initial": self.to_initial,
+            "resets": resets, "reset_to_initial": self.to_initial, "recompute": self.recompute or None,
         }  # fmt: skip
         if self.mode == "LSTM":
             return RF.lstm(x, (initials[0], initials[1]), weights, **settings)
@@ -232,6 +233,11 @@ _EVERY = [
                   "cotangents too", layout="transposed", states=True, cotangents=("y",)),
     RecurrentCase(3, 5, 5, 8, "the same with lengths and episodes, both directions", layout="transposed", states=True,
                   cotangents=("y",), lengths=(5, 0, 3), resets="some", to_initial=True, direction="bidirectional"),
+    RecurrentCase(3, 11, 4, 5, "computed again in chunks of 3 steps", recompute="chunk", states=True),
+    RecurrentCase(4, 10, 4, 5, "in chunks, ragged, both directions", recompute="chunk", lengths=(10, 0, 3, 5),
+                  direction="bidirectional", states=True, nan=True),
+    RecurrentCase(3, 10, 4, 5, "in chunks, episodes that begin at their borders too", recompute="chunk", resets="some",
+                  direction="bidirectional", states=True),
     RecurrentCase(3, 4, 5, 6, "batch first", layout="batch_first", states=True, lengths=(4, 2, 3)),
     RecurrentCase(4, 5, 6, 7, "NaN behind the lengths", nan=True, lengths=(3, 0, 5, 1), states=True),
     RecurrentCase(2, 5, 6, 7, "NaN behind the lengths of a stack", layers=2, nan=True, lengths=(3, 4)),

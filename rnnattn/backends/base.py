@@ -34,6 +34,7 @@ class Call:
     grad: bool = False
     compiling: bool = False
     resets: bool = False
+    in_chunks: bool = False  # computed again in the backward pass
 
     @property
     def recurrent(self) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from rnnattn.checks import checked_resets
+from rnnattn.checks import check_recompute, checked_resets
 from rnnattn.functional import NONLINEARITIES
 from rnnattn.nn.direct import DirectCalls
 from rnnattn.nn.nested import like, padded
@@ -31,6 +31,15 @@ class _Recurrent(DirectCalls, nn.RNNBase):
     _names: tuple[str, ...] = ("hx",)  # of the states
     _kind: str  # as messages call the module
     _suffix = ""
+    recompute: str | None = None
+
+    def __init__(self, mode: str, *args: Any, recompute: str | None = None, **kwargs: Any) -> None:
+        super().__init__(mode, *args, **kwargs)
+        check_recompute(recompute, False)
+        self.recompute = recompute
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.recompute is None else f", recompute={self.recompute}")
 
     def prepare_inference(self, precision: str = "float") -> PreparedRecurrent:
         """A module for inference on a CPU, called as this one is, with a packed copy of the weights.
@@ -56,7 +65,7 @@ class _Recurrent(DirectCalls, nn.RNNBase):
     ) -> Any:
         """What `forward` returns; hx as it takes it."""
         self._update_flat_weights()
-        may_be_direct = self.num_layers == 1 and lengths is None and resets is None
+        may_be_direct = self.num_layers == 1 and lengths is None and resets is None and self.recompute is None
         if may_be_direct:
             weights, bias = self._flat_weights, self.bias
             results = self._call_directly(
@@ -152,7 +161,7 @@ class _Recurrent(DirectCalls, nn.RNNBase):
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
         return run_stack(
             self.mode, input, h0, c0, weights, self.bias, self.num_layers, self.dropout, self.training,
-            self.bidirectional, batch_first, lengths, resets, reset_to_initial,
+            self.bidirectional, batch_first, lengths, resets, reset_to_initial, self.recompute,
         )  # fmt: skip
 
     def _check_state_rank(self, hx: Any, rank: int) -> None:
@@ -184,7 +193,8 @@ class LSTM(_Recurrent):
 
     Constructor arguments, parameters, `state_dict`, repr and errors are those of `torch.nn.LSTM`
     (input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
-    bidirectional=False, proj_size=0, device=None, dtype=None). Equation: `functional.lstm`.
+    bidirectional=False, proj_size=0, device=None, dtype=None). Equation: `functional.lstm`. With
+    recompute="chunk", an attribute that may be set later too, training takes little memory: `functional.lstm`.
     """
 
     _names = ("hx", "cx")
@@ -266,7 +276,7 @@ class GRU(_WithoutCellState):
 
     Constructor arguments, parameters, `state_dict`, repr and errors are those of `torch.nn.GRU`
     (input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
-    bidirectional=False, device=None, dtype=None). Equation: `functional.gru`.
+    bidirectional=False, device=None, dtype=None), and recompute as in `LSTM`. Equation: `functional.gru`.
     """
 
     _kind = "GRU"
@@ -280,7 +290,7 @@ class RNN(_WithoutCellState):
 
     Constructor arguments, parameters, `state_dict`, repr and errors are those of `torch.nn.RNN`
     (input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True, batch_first=False,
-    dropout=0.0, bidirectional=False, device=None, dtype=None). Equation: `functional.rnn`.
+    dropout=0.0, bidirectional=False, device=None, dtype=None), and recompute as in `LSTM`. Equation: `functional.rnn`.
 
     Raises:
         ValueError: a nonlinearity other than "tanh" and "relu".
