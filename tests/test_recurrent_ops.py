@@ -30,6 +30,10 @@ EPISODES = {
     for mode in MODES
 }
 on_each = pytest.mark.parametrize("backend, mode", each_mode())
+# What opcheck asks is the operators' own: a backend that is interpreted shows it with one cell.
+for_opcheck = pytest.mark.parametrize(
+    "backend, mode", [p for p in each_mode() if p.values[0] != "triton" or p.values[1] == "LSTM"]
+)
 
 
 class Spy:
@@ -202,7 +206,7 @@ def test_results_are_contiguous_and_own_their_memory(backend: str, mode: str, ca
 
 @pytest.mark.parametrize("case", [PLAIN, RAGGED], ids=["plain", "ragged"])
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
-@on_each
+@for_opcheck
 def test_opcheck(backend: str, mode: str, case: dict[str, RecurrentCase], grad: bool) -> None:
     t = moved(case[mode].tensors(F32), device_of(backend))
     inputs, settings = layer(case[mode], t)
@@ -233,7 +237,7 @@ def test_opcheck_with_resets(backend: str, mode: str) -> None:
     [(("dy", "dh_n", "dc_n"), True, True), (("dy",), False, True), (("dh_n",), True, False)],
     ids=["all", "no_dx", "no_dweights"],
 )
-@on_each
+@for_opcheck
 def test_opcheck_backward(
     backend: str, mode: str, given: tuple[str, ...], needs_dx: bool, needs_dweights: bool
 ) -> None:

@@ -103,7 +103,7 @@ class AttentionPool(nn.Module):
             if lengths is not None or mask is not None:
                 raise ValueError("AttentionPool: expected no lengths or mask with a PackedSequence")
             x, lengths = pad_packed_sequence(input, batch_first=True)
-        elif input.is_nested:
+        elif isinstance(input, Tensor) and input.is_nested:
             x, lengths = padded("AttentionPool", input, lengths=lengths, mask=mask)
         elif input.dim() == 2:
             mask = None if mask is None else mask.unsqueeze(0)

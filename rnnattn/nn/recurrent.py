@@ -98,7 +98,7 @@ class _Recurrent(DirectCalls, nn.RNNBase):
             if resets is not None:
                 raise ValueError(f"{self._kind}: expected no resets with a PackedSequence; pad it and use lengths=")
             return self._run_packed(input, hx)
-        if input.is_nested:
+        if isinstance(input, Tensor) and input.is_nested:  # what is no tensor has its error from dim(), as in torch.nn
             return self._run_nested(input, hx, lengths, resets)
         if input.dim() not in (2, 3):
             raise ValueError(f"{self._kind}: Expected input to be 2D or 3D, got {input.dim()}D{self._suffix} instead")
