@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -45,6 +45,13 @@ LAYERS = {
 }
 each_layer = pytest.mark.parametrize("name", LAYERS)
 I, H = 3, 4
+
+
+@pytest.fixture(params=backend_parameters("reference", "cpp"))
+def chosen(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Not torch's own, which has its derivatives from torch."""
+    with rnnattn.use_backend(request.param):
+        yield request.param
 
 
 def a_case(kind: str, mode: str) -> RecurrentCase:
