@@ -64,7 +64,7 @@ def run_stack(
     else:
         y, h_n, c_n = _layers(
             mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, K, lengths, resets, reset_to_initial,
-            backend, in_chunks and not looked_on,
+            backend, in_chunks and not (looked_on or torch.compiler.is_compiling() or is_transformed()),
         )  # fmt: skip
     return y.transpose(0, 1) if batch_first else y, h_n, c_n
 
@@ -86,7 +86,6 @@ def _layers(
     backend: str,
     in_chunks: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    in_chunks = in_chunks and not torch.compiler.is_compiling() and not is_transformed()
     direction = "bidirectional" if K == 2 else "forward"
     per_layer = len(weights) // num_layers
     h_n: list[Tensor] = []

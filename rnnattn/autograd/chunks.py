@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rnnattn import backends
+from rnnattn.autograd.recurrent import of_each_weight
 from rnnattn.reference import CELLS, DIRECTIONS, accumulation_dtype
 
 
@@ -91,9 +92,10 @@ class ChunkedScan(torch.autograd.Function):
                 parts = [d.to(accumulation_dtype(d.dtype)) for d in own]
                 sums = parts if not sums else [total.add_(part) for total, part in zip(sums, parts, strict=True)]
             dh, dc = _entering(dh, dc, resets, lengths, end, reverse)
-        dweights: list[Tensor | None] = [total.to(x.dtype) for total in sums] if sums else [None] * len(weights)
-        if sums and has_biases and CELLS[mode].shared:
-            dweights.insert(3, sums[2].to(x.dtype, copy=True))
+        dweights: list[Tensor | None] = [None] * len(weights)
+        if sums:
+            own = [total.to(x.dtype) for total in sums]
+            dweights = of_each_weight(own, len(weights), has_biases, direction, mode)
         return dx, dh, None if dc is None else dc.to(x.dtype), *[None] * 6, *dweights
 
 

@@ -162,6 +162,12 @@ def _own(weights: int, has_biases: bool, direction: str, mode: str) -> list[int]
     return [n for n in range(weights) if not (has_biases and CELLS[mode].shared and n % per_direction == 3)]
 
 
+def of_each_weight(own: list[Tensor], weights: int, has_biases: bool, direction: str, mode: str) -> list[Tensor | None]:
+    """A gradient for each of a layer's weights: b_ih's and b_hh's may be the same numbers, each its own to write to."""
+    found = dict(zip(_own(weights, has_biases, direction, mode), own, strict=True))
+    return [found[n] if n in found else found[n - 1].clone() for n in range(weights)]
+
+
 def _gradients(  # type: ignore[no-untyped-def]
     ctx: Any, dy, dh_n, dc_n, needs_dx: bool, needs_dweights: bool, own_gates: bool = False
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor | None]]:
@@ -176,15 +182,7 @@ def _gradients(  # type: ignore[no-untyped-def]
     dx, dc0 = dx if needs_dx else None, None if c0 is None else dc0
     if not needs_dweights:
         return dx, dh0, dc0, [None] * len(weights)
-    if has_biases and CELLS[mode].shared:  # b_ih and b_hh have the same, each its own to write to
-        per_direction = len(dweights) // len(DIRECTIONS[direction])
-        starts = range(0, len(dweights), per_direction)
-        dweights = [
-            d
-            for s in starts
-            for d in (*dweights[s : s + 3], dweights[s + 2].clone(), *dweights[s + 3 : s + per_direction])
-        ]
-    return dx, dh0, dc0, list(dweights)
+    return dx, dh0, dc0, of_each_weight(dweights, len(weights), has_biases, direction, mode)
 
 
 # The operators called directly (an exported graph, opcheck) differentiate by the same rule.
@@ -271,16 +269,12 @@ def recurrent_layer(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, h_n, c_n of one layer; see `rnnattn.reference.recurrent_layer_forward` for the shapes."""
     states = (h0,) if c0 is None else (h0, c0)
+    wants = torch.is_grad_enabled() and (is_transformed() or any(t.requires_grad for t in (x, *states, *weights)))
     if want_equations(x, *states, *weights):
         y, h_n, c_n, _, _ = recurrent_layer_forward(
             x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode
         )
-    elif torch.compiler.is_compiling():
-        save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights))
-        y, h_n, c_n, _, _ = torch.ops.rnnattn.recurrent_layer(
-            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save, backend
-        )
-    elif torch.is_grad_enabled() and (is_transformed() or any(t.requires_grad for t in (x, *states, *weights))):
+    elif wants and not torch.compiler.is_compiling():  # which goes wrong with Functions inside of torch.func
         y, h_n, c_n, _, _ = RecurrentLayer.apply(
             x, h0, c0, lengths, resets, reset_to_initial, has_biases, direction, mode, backend, *weights
         )
@@ -291,6 +285,6 @@ def recurrent_layer(
         )
     else:
         y, h_n, c_n, _, _ = torch.ops.rnnattn.recurrent_layer(
-            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, False, backend
+            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, wants, backend
         )
     return y, h_n, None if c0 is None else c_n
