@@ -15,6 +15,16 @@ TORCH_LIBRARY(rnnattn_native, m) {
       "bool has_biases, str direction, str mode, bool needs_dx, bool needs_dweights, bool overwrites_gates) "
       "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
   m.def(
+      "regularised_scan_forward(Tensor a, Tensor h0, Tensor? c0, Tensor w_hh, Tensor? b_hh, Tensor? norm_hh, Tensor? norm_c, "
+      "Tensor? bias_c, Tensor? h_mask, Tensor? keep_h, Tensor? keep_c, float zoneout_h, float zoneout_c, Tensor? lengths, "
+      "Tensor? resets, bool reset_to_initial, bool reverse, str mode, bool save) "
+      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells, Tensor gates, Tensor hidden, Tensor rstd)");
+  m.def(
+      "regularised_scan_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor h_prev, Tensor? c_prev, "
+      "Tensor h0, Tensor? c0, Tensor w_hh, Tensor? norm_hh, Tensor? norm_c, Tensor? bias_c, Tensor? h_mask, Tensor? keep_h, "
+      "Tensor? keep_c, float zoneout_h, float zoneout_c, Tensor? lengths, Tensor? resets, bool reset_to_initial, bool reverse, "
+      "str mode, Tensor gates, Tensor hidden, Tensor rstd) -> Tensor[]");
+  m.def(
       "prepare_weights(Tensor[] weights, bool has_biases, int layers, bool bidirectional, str mode, str precision) "
       "-> Tensor[]");
   m.def(

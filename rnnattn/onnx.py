@@ -62,6 +62,7 @@ def onnx_export(
                 opset_version=options.pop("opset_version", OPSET),
                 custom_translation_table={
                     torch.ops.rnnattn.recurrent_layer.default: _recurrent_layer,
+                    torch.ops.rnnattn.regularised_scan.default: _regularised_scan,
                     torch.ops.rnnattn.attention_pool.default: _attention_pool,
                 },
                 **options,
@@ -117,6 +118,10 @@ def _recurrent_layer(  # type: ignore[no-untyped-def]
         finals = [op.Where(empty, before, after) for before, after in zip(states, finals, strict=True)]
     unused = [op.Constant(value_float=0.0) for _ in range(4 - len(finals))]
     return y, *finals, *unused
+
+
+def _regularised_scan(*_, **__):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("onnx_export: the recurrent nodes of ONNX have no zoneout and no layer norm")
 
 
 def _attention_pool(x, v, w, b, lengths, mask, need_weights, backend):  # type: ignore[no-untyped-def]

@@ -17,6 +17,7 @@ from rnnattn.autocast import autocast_dtype, lowered
 from rnnattn.backends import Call
 from rnnattn.checks import check_recompute, check_recurrent, checked_lengths, checked_resets
 from rnnattn.reference import CELLS
+from rnnattn.regularised import Regularisation, regularised_layer
 from rnnattn.transforms import is_transformed, want_equations
 
 
@@ -36,6 +37,7 @@ def run_stack(
     resets: Tensor | None = None,
     reset_to_initial: bool = False,
     recompute: str | None = None,
+    regularisation: Regularisation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """output, h_n and c_n (None for a cell without c); mode is a key of `reference.CELLS`."""
     low = autocast_dtype(input)
@@ -44,7 +46,7 @@ def run_stack(
             return run_stack(
                 mode, lowered(input, low), lowered(h0, low), lowered(c0, low), [lowered(w, low) for w in weights],
                 has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths, resets,
-                reset_to_initial, recompute,
+                reset_to_initial, recompute, regularisation,
             )  # fmt: skip
     weights = list(weights)
     x = input.transpose(0, 1) if batch_first else input
@@ -56,7 +58,8 @@ def run_stack(
     in_chunks = check_recompute(recompute, resets is not None and reset_to_initial)
     backend, looked_on = "reference", want_equations(x, h0, c0, *weights)
     if not looked_on:
-        backend = backends.select(_call(mode, x, h0, c0, weights, num_layers, K, ragged, has_resets, in_chunks)).backend
+        call = _call(mode, x, h0, c0, weights, num_layers, K, ragged, has_resets, in_chunks)
+        backend = backends.select(replace(call, regularised=regularisation is not None)).backend
     if backend == "torch":
         y, h_n, c_n = backends.TORCH.recurrent(
             mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, lengths
@@ -64,7 +67,7 @@ def run_stack(
     else:
         y, h_n, c_n = _layers(
             mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, K, lengths, resets, reset_to_initial,
-            backend, in_chunks and not (looked_on or torch.compiler.is_compiling() or is_transformed()),
+            backend, in_chunks and not (looked_on or torch.compiler.is_compiling() or is_transformed()), regularisation,
         )  # fmt: skip
     return y.transpose(0, 1) if batch_first else y, h_n, c_n
 
@@ -85,6 +88,7 @@ def _layers(
     reset_to_initial: bool,
     backend: str,
     in_chunks: bool,
+    regularisation: Regularisation | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     direction = "bidirectional" if K == 2 else "forward"
     per_layer = len(weights) // num_layers
@@ -95,8 +99,14 @@ def _layers(
             x = F.dropout(x, dropout)
         states = slice(layer * K, (layer + 1) * K)
         own = weights[layer * per_layer : (layer + 1) * per_layer]
+        if regularisation is not None:
+            x, own = regularisation.dropped(x, own, K)
         inputs = x, h0[states], None if c0 is None else c0[states], own, lengths, resets
-        if in_chunks and wants_grad(x, *inputs[1:3], *own):
+        if regularisation is not None and regularisation.of_scan:
+            x, h, c, _ = regularised_layer(
+                *inputs, reset_to_initial, has_biases, direction, mode, backend, regularisation, layer
+            )
+        elif in_chunks and wants_grad(x, *inputs[1:3], *own):
             x, h, c = autograd.recurrent_layer_in_chunks(*inputs, has_biases, direction, mode, backend)
         else:
             x, h, c = autograd.recurrent_layer(*inputs, reset_to_initial, has_biases, direction, mode, backend)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from rnnattn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from rnnattn.nn.regularised import Regularised
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: LSTM,
@@ -57,7 +58,8 @@ def swap(model: nn.Module) -> SwapReport:
 
 
 def unswap(model: nn.Module) -> SwapReport:
-    """The reverse of `swap`: torch.nn's modules in the place of rnnattn's, in place."""
+    """The reverse of `swap`: torch.nn's modules in the place of rnnattn's, in place, but those that torch.nn cannot
+    do: with zoneout, locked dropout, dropped weights or layer norm."""
     return _replace(model, {ours: theirs for theirs, ours in SWAPS.items()})
 
 
@@ -68,7 +70,9 @@ def _replace(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) ->
     replaced: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         kind = type(module)
-        if kind in table:
+        if kind in table and isinstance(module, Regularised) and module._may_be_regularised():
+            report.left[name] = f"torch's {kind.__name__} knows no {', '.join(module._regularising())}"
+        elif kind in table:
             new = replaced.setdefault(module, _twin(module, table[kind]))
             if name:
                 parent, _, attribute = name.rpartition(".")

@@ -21,6 +21,7 @@ LAYERS = (
     ("checks", "autocast"),
     ("backends",),
     ("autograd",),
+    ("regularised",),
     ("stack", "inspection"),
     ("functional",),
     ("nn",),

@@ -67,9 +67,14 @@ struct Lstm {
 
   template <typename F, typename Row>
   RNNATTN_INLINE static void backward(const BackwardUnits<F, Row>& at, Vec<F> dh) {
-    const Vec<F> i = at.gate(0), f = at.gate(1), g = at.gate(2), o = at.gate(3);
-    const Vec<F> tanh_c = tanh(load(at.c + at.unit, at.n)), c_prev = load(at.c_prev + at.unit, at.n);
-    const Vec<F> dc = load(at.dc + at.unit, at.n) + dh * o * (F(1) - tanh_c * tanh_c);
+    const Vec<F> tanh_c = tanh(load(at.c + at.unit, at.n));
+    backward_through(at, dh, tanh_c, load(at.dc + at.unit, at.n) + dh * at.gate(3) * (F(1) - tanh_c * tanh_c));
+  }
+
+  // With dc the whole gradient of c.
+  template <typename F, typename Row>
+  RNNATTN_INLINE static void backward_through(const BackwardUnits<F, Row>& at, Vec<F> dh, Vec<F> tanh_c, Vec<F> dc) {
+    const Vec<F> i = at.gate(0), f = at.gate(1), g = at.gate(2), o = at.gate(3), c_prev = load(at.c_prev + at.unit, at.n);
     at.put(0, dc * g * i * (F(1) - i));
     at.put(1, dc * c_prev * f * (F(1) - f));
     at.put(2, dc * i * (F(1) - g * g));

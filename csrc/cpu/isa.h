@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../attention_pool.h"
-#include "../recurrent.h"
+#include "../regularised.h"
 
 // A name that ends in that of the instruction set in RNNATTN_ISA.
 #define RNNATTN_CONCAT_(a, b) a##b
@@ -20,6 +20,9 @@ struct Kernels {
   void (*pack_panel)(const Packing<F>&, int64_t block, void* panels);
   void (*forward_scan)(const ForwardScan<F>&, const Member<F>&);
   void (*backward_scan)(const BackwardScan<F>&, const Member<F>&);
+  int64_t (*regularised_numbers)(Mode, int64_t rows, int64_t H);  // that either scan of so many rows needs
+  void (*regularised_forward)(const RegularisedForward<F>&, F* numbers, const void** pointers);
+  void (*regularised_backward)(const RegularisedBackward<F>&, F* numbers, const void** pointers);
   void (*pool_dot)(const PoolTile<F>&, const F* v, F* s);
   void (*pool_add)(const PoolTile<F>&, const F* weights, F* out);
   F (*pool_exp)(int64_t steps, const F* s, F shift, F* p);

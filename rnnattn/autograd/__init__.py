@@ -8,5 +8,6 @@ Derivatives without kernels are those of the reference equations (`equations`).
 from rnnattn.autograd.attention_pool import attention_pool
 from rnnattn.autograd.chunks import recurrent_layer_in_chunks
 from rnnattn.autograd.recurrent import recurrent_layer
+from rnnattn.autograd.regularised import regularised_scan
 
-__all__ = ["attention_pool", "recurrent_layer", "recurrent_layer_in_chunks"]
+__all__ = ["attention_pool", "recurrent_layer", "recurrent_layer_in_chunks", "regularised_scan"]

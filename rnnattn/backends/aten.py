@@ -24,6 +24,8 @@ class Torch(Backend):
             return f"torch.compile unrolls torch's own {call.op.upper()} over time"
         if call.resets:
             return f"torch's own {call.op.upper()} takes no resets"
+        if call.regularised:
+            return f"torch's own {call.op.upper()} knows no zoneout, locked dropout, dropped weights or layer norm"
         if call.in_chunks:
             return f"torch's own {call.op.upper()} keeps what it computed of all steps"
         if call.recurrent and call.B == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Call:
     compiling: bool = False
     resets: bool = False
     in_chunks: bool = False  # computed again in the backward pass
+    regularised: bool = False  # by zoneout, locked dropout, dropped weights or layer norm
 
     @property
     def recurrent(self) -> bool:
@@ -100,6 +102,28 @@ class Backend:
         needs_dweights: bool,
         overwrites_gates: bool = False,
     ) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor] | None]:
+        raise NotImplementedError
+
+    def regularised_scan_forward(
+        self, *inputs_and_save: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """y, h_n, c_n, cells of the reference for its inputs, and what the backward needs: gates [T, B, SH] in h0's
+        dtype, the cell's saved values (RNN: h'), and with norm_hh hidden [T, B, GH], the normalised hidden product, and
+        rstd [T, B], one over its standard deviation. Empty without save, or where there is no such thing."""
+        raise NotImplementedError
+
+    def regularised_scan_backward(
+        self,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        dcells: Tensor | None,
+        *inputs_and_results: Any,
+    ) -> list[Tensor | None]:
+        """A gradient for each of the inputs a to bias_c.
+
+        inputs_and_results: the inputs of the forward without save, then y, cells, gates, hidden, rstd.
+        """
         raise NotImplementedError
 
     def attention_pool_forward(

@@ -9,6 +9,7 @@ import torch
 
 from rnnattn.backends.base import Backend, BackendError, Call
 from rnnattn.backends.reference import FLOATING
+from rnnattn.backends.regularised import scan_gradients
 
 BUILD_COMMAND = (
     "pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall rnnattn "
@@ -99,6 +100,12 @@ class Cpp(Backend):
 
     def recurrent_layer_backward(self, *arguments):  # type: ignore[no-untyped-def]
         return native().recurrent_layer_backward(*arguments)
+
+    def regularised_scan_forward(self, *arguments):  # type: ignore[no-untyped-def]
+        return native().regularised_scan_forward(*arguments)
+
+    def regularised_scan_backward(self, *arguments):  # type: ignore[no-untyped-def]
+        return scan_gradients(native().regularised_scan_backward, *arguments)
 
     def attention_pool_forward(self, *arguments):  # type: ignore[no-untyped-def]
         return native().attention_pool_forward(*arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rnnattn import reference
@@ -34,6 +36,23 @@ class Reference(Backend):
             dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
             direction, mode,
         )  # fmt: skip
+
+    def regularised_scan_forward(self, *arguments):  # type: ignore[no-untyped-def]
+        *inputs, _save = arguments
+        a, h0, *_ = inputs
+        return *reference.regularised_scan_forward(*inputs), h0.new_empty(0), h0.new_empty(0), a.new_empty(0)
+
+    def regularised_scan_backward(self, *arguments):  # type: ignore[no-untyped-def]
+        cotangents, inputs, settings = arguments[:4], arguments[4:12], arguments[12:22]
+        with torch.enable_grad():
+            leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in inputs]
+            outputs = reference.regularised_scan_forward(*leaves, *settings)
+        pairs = [(y, d) for y, d in zip(outputs, cotangents, strict=True) if d is not None]
+        found = torch.autograd.grad(
+            [y for y, _ in pairs], [t for t in leaves if t is not None], [d for _, d in pairs], materialize_grads=True
+        )
+        gradients = iter(found)
+        return [None if t is None else next(gradients) for t in leaves]
 
     def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]
         return reference.attention_pool_forward(x, v, w, b, lengths, mask)

@@ -14,12 +14,14 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from rnnattn.backends import pool_gemms, stepwise, stepwise_backward
+from rnnattn.backends import pool_gemms, regularised_steps, stepwise, stepwise_backward
 from rnnattn.backends.base import Backend, Call
+from rnnattn.backends.regularised import scan_gradients
 from rnnattn.reference.attention_pool import kept_steps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192  # features of one step that a pooling kernel still holds in registers
+WIDEST_ROW = 4096  # units of a row that a step with layer norm does
 
 
 class Triton(Backend):
@@ -41,6 +43,8 @@ class Triton(Backend):
             return f"its kernels run on a CUDA device, the tensors are on {call.device}"
         if call.op == "attention_pool" and max(call.features, call.hidden) > WIDEST:
             return f"its pooling kernels take at most {WIDEST} features, got D={call.features}, A={call.hidden}"
+        if call.regularised and call.hidden > WIDEST_ROW:
+            return f"its kernels for a regularised step take at most {WIDEST_ROW} units, got H={call.hidden}"
         return None
 
     def kernel(self, call: Call) -> str:
@@ -69,6 +73,14 @@ class Triton(Backend):
                 _step(), dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
                 has_biases, direction, mode, needs_dx, needs_dweights,
             )  # fmt: skip
+
+    def regularised_scan_forward(self, *arguments):  # type: ignore[no-untyped-def]
+        with _device(arguments[0]):
+            return regularised_steps.scan_forward(_regularised(), *arguments)
+
+    def regularised_scan_backward(self, *arguments):  # type: ignore[no-untyped-def]
+        with _device(arguments[4]):
+            return scan_gradients(functools.partial(regularised_steps.scan_backward, _regularised()), *arguments)
 
     def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]
         B, T, D = x.shape
@@ -156,3 +168,10 @@ def _step() -> stepwise.StepKernels:
     from rnnattn.kernels import step_backward, step_forward
 
     return SimpleNamespace(forward=step_forward, backward=step_backward)
+
+
+@functools.cache
+def _regularised() -> regularised_steps.RegularisedKernels:
+    from rnnattn.kernels import regularised_backward, regularised_forward
+
+    return SimpleNamespace(forward=regularised_forward, backward=regularised_backward)

@@ -19,6 +19,7 @@ from rnnattn.checks import check_recurrent, checked_lengths, checked_resets
 from rnnattn.nn.cells import _Cell
 from rnnattn.nn.direct import states_of
 from rnnattn.nn.recurrent import Lengths, States, _Recurrent
+from rnnattn.nn.regularised import DROPOUTS
 from rnnattn.nn.weight_watch import WeightWatch
 from rnnattn.reference import CELLS
 from rnnattn.stack import op_name, wants_grad
@@ -225,11 +226,13 @@ class PreparedRecurrent(_Prepared):
     _arguments: _StackArguments
 
     def __init__(self, module: _Recurrent, precision: str = "float") -> None:
-        if module.training and module.dropout > 0:
+        if module.training and any((module.dropout, *(getattr(module, name) for name in DROPOUTS))):
             raise RuntimeError(
                 "prepare_inference: expected evaluation mode, as the module has dropout, got training mode; "
                 "call eval() first"
             )
+        if module._regularisation() is not None:
+            raise ValueError("prepare_inference: expected a module without zoneout and layer_norm")
         names: list[str] = module._flat_weights_names
         super().__init__(
             module, names, module.mode, module.num_layers, module.bidirectional, precision, module.batch_first, False

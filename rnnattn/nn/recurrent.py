@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from rnnattn.checks import check_recompute, checked_resets
 from rnnattn.functional import NONLINEARITIES
 from rnnattn.nn.direct import DirectCalls
 from rnnattn.nn.nested import like, padded
+from rnnattn.nn.regularised import Regularised
 from rnnattn.stack import run_stack
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ States = tuple[Tensor, ...]  # h, or h and c
 Lengths = Tensor | Sequence[int] | None
 
 
-class _Recurrent(DirectCalls, nn.RNNBase):
+class _Recurrent(DirectCalls, Regularised):
     """What the modules share. Messages are torch's, which differ between the three."""
 
     _names: tuple[str, ...] = ("hx",)  # of the states
@@ -37,6 +38,7 @@ class _Recurrent(DirectCalls, nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
         check_recompute(recompute, False)
         self.recompute = recompute
+        self._check_regularisation()
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.recompute is None else f", recompute={self.recompute}")
@@ -66,6 +68,7 @@ class _Recurrent(DirectCalls, nn.RNNBase):
         """What `forward` returns; hx as it takes it."""
         self._update_flat_weights()
         may_be_direct = self.num_layers == 1 and lengths is None and resets is None and self.recompute is None
+        may_be_direct = may_be_direct and not self._may_be_regularised()
         if may_be_direct:
             weights, bias = self._flat_weights, self.bias
             results = self._call_directly(
@@ -161,7 +164,7 @@ class _Recurrent(DirectCalls, nn.RNNBase):
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
         return run_stack(
             self.mode, input, h0, c0, weights, self.bias, self.num_layers, self.dropout, self.training,
-            self.bidirectional, batch_first, lengths, resets, reset_to_initial, self.recompute,
+            self.bidirectional, batch_first, lengths, resets, reset_to_initial, self.recompute, self._regularisation(),
         )  # fmt: skip
 
     def _check_state_rank(self, hx: Any, rank: int) -> None:
@@ -195,6 +198,7 @@ class LSTM(_Recurrent):
     (input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
     bidirectional=False, proj_size=0, device=None, dtype=None). Equation: `functional.lstm`. With
     recompute="chunk", an attribute that may be set later too, training takes little memory: `functional.lstm`.
+    zoneout, input_dropout, recurrent_dropout, weight_dropout, layer_norm, forget_bias: `nn.regularised`.
     """
 
     _names = ("hx", "cx")
@@ -276,7 +280,8 @@ class GRU(_WithoutCellState):
 
     Constructor arguments, parameters, `state_dict`, repr and errors are those of `torch.nn.GRU`
     (input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
-    bidirectional=False, device=None, dtype=None), and recompute as in `LSTM`. Equation: `functional.gru`.
+    bidirectional=False, device=None, dtype=None), recompute and what regularises (but forget_bias) as in `LSTM`.
+    Equation: `functional.gru`.
     """
 
     _kind = "GRU"
@@ -290,7 +295,8 @@ class RNN(_WithoutCellState):
 
     Constructor arguments, parameters, `state_dict`, repr and errors are those of `torch.nn.RNN`
     (input_size, hidden_size, num_layers=1, nonlinearity="tanh", bias=True, batch_first=False,
-    dropout=0.0, bidirectional=False, device=None, dtype=None), and recompute as in `LSTM`. Equation: `functional.rnn`.
+    dropout=0.0, bidirectional=False, device=None, dtype=None), recompute and what regularises (but forget_bias) as
+    in `LSTM`. Equation: `functional.rnn`.
 
     Raises:
         ValueError: a nonlinearity other than "tanh" and "relu".

@@ -16,12 +16,15 @@ from rnnattn.reference.layout import (
     scan_resets,
     split_weights,
     valid_steps,
+    zero_invalid,
 )
 from rnnattn.reference.recurrent import layer_gradients, recurrent_layer_backward, recurrent_layer_forward
+from rnnattn.reference.regularised import NORM_EPS, regularised_scan_forward
 
 __all__ = [
     "CELLS",
     "DIRECTIONS",
+    "NORM_EPS",
     "LayerWeights",
     "Resets",
     "accumulation_dtype",
@@ -31,7 +34,9 @@ __all__ = [
     "previous_states",
     "recurrent_layer_backward",
     "recurrent_layer_forward",
+    "regularised_scan_forward",
     "scan_resets",
     "split_weights",
     "valid_steps",
+    "zero_invalid",
 ]
