@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 KERNELS = {
     f"{file}.{kernel}_kernel" for file in ("linear_pool", "additive_pool") for kernel in ("forward", "backward")
 } | {"step_forward.forward_kernel", "step_backward.backward_kernel", "pool_parts.combine_kernel"}
+KERNELS |= {f"regularised_{way}.{way}_kernel" for way in ("forward", "backward")}
 MODES = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
 
 

@@ -29,8 +29,8 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "rnn_large_backward": {F64: 64, F32: 64, BF16: 12, F16: 12},  # fp32 32, bf16 8.4, fp16 10: 1 - h^2
     "regularised": {F64: 6, F32: 6, BF16: 1, F16: 1},
     "regularised_backward": {F64: 8, F32: 8, BF16: 4, F16: 4},
-    "normed": {F64: 6, F32: 6, BF16: 1, F16: 1},
-    "normed_backward": {F64: 8, F32: 8, BF16: 4, F16: 4},
+    "normed": {F64: 16, F32: 16, BF16: 3, F16: 4},  # fp32 9.3, bf16 1.8, fp16 2.5: norms of few numbers
+    "normed_backward": {F64: 64, F32: 64, BF16: 16, F16: 16},  # fp32 34, bf16 8.9, fp16 8.2: as above
     "attention_pool": {F64: 8, F32: 8, BF16: 1, F16: 1},
     "attention_pool_backward": {F64: 64, F32: 64, BF16: 4, F16: 4},  # fp32 48: dv, the sum of ds u, where sum ds = 0
     "attention_pool_large": {F64: 96, F32: 96, BF16: 1, F16: 1},  # fp32 44: an ulp of a score of 100 is 64 eps

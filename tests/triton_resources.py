@@ -59,6 +59,42 @@ def launches(dtype: torch.dtype, thorough: bool) -> Iterator[str]:
             kernels.step_forward(mode, x, x, bias_q, h, c, *kept, x, h, c, gates, c, h, h)
             kernels.step_backward(mode, h, dh, dh, c, gates, h, h, c, c, *kept, resets, c, dh, c, d, db)
             yield f"{mode} H={H}"
+    for H in (512, 37, 2048) if thorough else (512,):
+        for mode, G in (("LSTM", 4), ("GRU", 3), ("RNN_TANH", 1), ("RNN_RELU", 1)) if thorough else (("LSTM", 4),):
+            lengths, resets, keep = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.bool), new(4, H) > 0
+            a, h, y, gain, lstm = fp32(4, G * H), fp32(4, H), new(4, H), new(G * H), mode == "LSTM"
+            c, db, gates, of_c = (h if lstm else None), (a if G == 3 else None), new(4, 4 * H), y[0] if lstm else None
+            saved = gates, a.to(dtype), fp32(4)
+            kernels.regularised_forward(
+                mode,
+                a,
+                a,
+                gain,
+                gain,
+                of_c,
+                of_c,
+                h,
+                keep,
+                keep,
+                0.1,
+                0.1,
+                lengths,
+                1,
+                resets,
+                h,
+                c,
+                h,
+                c,
+                y,
+                y,
+                c,
+                *saved,
+            )
+            kernels.regularised_backward(
+                mode, y, c, h, h, c, y, c, *saved, gain, of_c, of_c, h, keep, keep, 0.1, 0.1, lengths, 1, resets, h, c,
+                c, c, a, db, a,
+            )  # fmt: skip
+            yield f"{mode} H={H}"
     for T, D in ((1000, 64), (1000, 300), (1000, 301), (100, 2048), (100, 8192)) if thorough else ((1000, 256),):
         x, v, lengths = new(1, T, D), new(D), torch.zeros(1, dtype=torch.int64)
         kernels.linear_pool_forward(x, v, lengths, None, fp32(1, T))
