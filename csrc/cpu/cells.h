@@ -36,8 +36,9 @@ struct BackwardUnits {
   const void* gates;
   int64_t gates_at;
   const F *c, *c_prev;
+  const F* d_cells;  // gradient of c as a result of its own, or null
   Vec<F> h, h_prev;  // states after and before the step
-  F* dc;             // in: gradient of c; out: of c_prev
+  F* dc;             // in: gradient of c as a state; out: of c_prev
   Row* d_gates;      // out
   F* d_bias;         // added to: the sum of d_gates, or null
   F* carry;          // out: the part of the gradient of h_prev that takes no product
@@ -69,7 +70,8 @@ struct Lstm {
   RNNATTN_INLINE static void backward(const BackwardUnits<F, Row>& at, Vec<F> dh) {
     const Vec<F> i = at.gate(0), f = at.gate(1), g = at.gate(2), o = at.gate(3);
     const Vec<F> tanh_c = tanh(load(at.c + at.unit, at.n)), c_prev = load(at.c_prev + at.unit, at.n);
-    const Vec<F> dc = load(at.dc + at.unit, at.n) + dh * o * (F(1) - tanh_c * tanh_c);
+    Vec<F> dc = load(at.dc + at.unit, at.n) + dh * o * (F(1) - tanh_c * tanh_c);
+    if (at.d_cells) dc += load(at.d_cells + at.unit, at.n);
     at.put(0, dc * g * i * (F(1) - i));
     at.put(1, dc * c_prev * f * (F(1) - f));
     at.put(2, dc * i * (F(1) - g * g));

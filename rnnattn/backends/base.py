@@ -35,6 +35,7 @@ class Call:
     compiling: bool = False
     resets: bool = False
     in_chunks: bool = False  # computed again in the backward pass
+    cells: bool = False  # c_t of every step is wanted
 
     @property
     def recurrent(self) -> bool:
@@ -83,6 +84,7 @@ class Backend:
         dy: Tensor | None,
         dh_n: Tensor | None,
         dc_n: Tensor | None,
+        dcells: Tensor | None,
         x: Tensor,
         h0: Tensor,
         c0: Tensor | None,

@@ -16,6 +16,7 @@ from rnnattn.reference.layout import (
     scan_resets,
     split_weights,
     valid_steps,
+    zero_invalid,
 )
 from rnnattn.reference.recurrent import layer_gradients, recurrent_layer_backward, recurrent_layer_forward
 
@@ -34,4 +35,5 @@ __all__ = [
     "scan_resets",
     "split_weights",
     "valid_steps",
+    "zero_invalid",
 ]
