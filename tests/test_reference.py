@@ -131,6 +131,9 @@ def test_explicit_backward_is_autograds(case: RecurrentCase) -> None:
     settings = (case.bias, case.direction, case.mode)
     y, h_n, c_n, gates, cells = reference.recurrent_layer_forward(*arguments, *settings)
     outputs = {"y": y, "h_n": h_n} | ({"c_n": c_n} if case.has_c else {})
+    if case.cells:  # as the operator has them: [K, T, B, H]
+        outputs["cells"] = reference.zero_invalid(cells, lengths)
+        t["dcells"] = t["dcells"].unflatten(-1, (case.directions, case.H)).movedim(2, 0)
     given = [name for name in case.cotangents if name in outputs]
     dy = torch.where(case.valid()[..., None], t["dy"], 0)  # autograd's own 0 * NaN is not under test
     cotangents = [dy if name == "y" else t["d" + name] for name in given]

@@ -275,25 +275,29 @@ def recurrent_layer(
     direction: str,
     mode: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, h_n, c_n of one layer; see `rnnattn.reference.recurrent_layer_forward` for the shapes."""
+    with_cells: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y, h_n, c_n and, where they are wanted, cells of one layer; see `rnnattn.reference.recurrent_layer_forward` for
+    the shapes. At steps behind a row's length nothing is to be read in cells, and no gradient goes there."""
     states = (h0,) if c0 is None else (h0, c0)
+    cells: Tensor | None
     wants = torch.is_grad_enabled() and (is_transformed() or any(t.requires_grad for t in (x, *states, *weights)))
     if want_equations(x, *states, *weights):
-        y, h_n, c_n, _, _ = recurrent_layer_forward(
+        y, h_n, c_n, _, cells = recurrent_layer_forward(
             x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode
         )
     elif wants and not torch.compiler.is_compiling():  # which goes wrong with Functions inside of torch.func
-        y, h_n, c_n, _, _ = RecurrentLayer.apply(
+        y, h_n, c_n, _, cells = RecurrentLayer.apply(
             x, h0, c0, lengths, resets, reset_to_initial, has_biases, direction, mode, backend, *weights
         )
     elif is_eager(x):
         run = backends.get(backend).recurrent_layer_forward
-        y, h_n, c_n, _, _ = run(
-            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, False
+        y, h_n, c_n, _, cells = run(
+            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, with_cells
         )
     else:
-        y, h_n, c_n, _, _ = torch.ops.rnnattn.recurrent_layer(
-            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, wants, backend
+        save = wants or with_cells
+        y, h_n, c_n, _, cells = torch.ops.rnnattn.recurrent_layer(
+            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save, backend
         )
-    return y, h_n, None if c0 is None else c_n
+    return y, h_n, None if c0 is None else c_n, cells if with_cells else None
