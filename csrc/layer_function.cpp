@@ -35,13 +35,14 @@ auto forward(const CallArguments& given, at::TensorList weights, const LayerSett
 Gradients dispatched_backward(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
                                   const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const Tensor& y,
                                   const Tensor& gates, const Tensor& cells, const LayerSettings& s, Wanted wanted) {
-  using Operator = Gradients(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                             const OptionalTensor&, at::TensorList, const OptionalTensor&, const OptionalTensor&, bool, const Tensor&,
-                             const Tensor&, const Tensor&, bool, std::string_view, std::string_view, bool, bool, std::string_view);
+  using Operator =
+      Gradients(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                const OptionalTensor&, at::TensorList, const OptionalTensor&, const OptionalTensor&, bool, const Tensor&, const Tensor&,
+                const Tensor&, bool, std::string_view, std::string_view, bool, bool, std::string_view);
   static const auto run =
       c10::Dispatcher::singleton().findSchemaOrThrow("rnnattn::recurrent_layer_gradients", "").typed<Operator>();
-  return run.call(dy, dh_n, dc_n, x, h0, c0, weights, {}, {}, false, y, gates, cells, s.has_biases, direction(s.bidirectional), s.mode,
-                  wanted.dx, wanted.dweights, "cpp");
+  return run.call(dy, dh_n, dc_n, {}, x, h0, c0, weights, {}, {}, false, y, gates, cells, s.has_biases, direction(s.bidirectional),
+                  s.mode, wanted.dx, wanted.dweights, "cpp");
 }
 
 class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
@@ -80,8 +81,8 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
     const Tensor x = sequence(saved[0]), h0 = state(saved[1]), y = sequence(saved[3]);
     const OptionalTensor c0 = optional(state(saved[2]));
     const auto [dx, dh0, dc0, own] =
-        direct ? recurrent_layer_backward(dy, dh_n, dc_n, x, h0, c0, weights, {}, {}, false, y, saved[4], saved[5], s.has_biases,
-                                          direction(s.bidirectional), s.mode, wanted,
+        direct ? recurrent_layer_backward(dy, dh_n, dc_n, {}, x, h0, c0, weights, {}, {}, false, y, saved[4], saved[5],
+                                          s.has_biases, direction(s.bidirectional), s.mode, wanted,
                                           !torch::autograd::get_current_graph_task_keep_graph())
                : dispatched_backward(dy, dh_n, dc_n, x, h0, c0, weights, y, saved[4], saved[5], s, wanted);
 

@@ -10,7 +10,7 @@ TORCH_LIBRARY(rnnattn_native, m) {
       "bool reset_to_initial, bool has_biases, str direction, str mode, bool save) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   m.def(
-      "recurrent_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor? c0, "
+      "recurrent_layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor h0, Tensor? c0, "
       "Tensor[] weights, Tensor? lengths, Tensor? resets, bool reset_to_initial, Tensor y, Tensor(a!) gates, Tensor cells, "
       "bool has_biases, str direction, str mode, bool needs_dx, bool needs_dweights, bool overwrites_gates) "
       "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");

@@ -152,6 +152,7 @@ struct BackwardScan {
   F* dh_out;          // [slots, R] out, the whole gradient of h_t; null without projection
   Resets<F> resets = {};
   F *dh_reset = nullptr, *dc_reset = nullptr;  // [B, R], [B, H] in/out: the gradients of resets.h and c are added, or null
+  const F* d_cells = nullptr;  // [T, B, H] gradient of cells, not read behind a row's length, or null
 };
 
 }  // namespace rnnattn

@@ -24,9 +24,9 @@ struct Wanted {
 
 // dx, dh0, dc0, and a gradient for each weight that has its own.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>> recurrent_layer_backward(
-    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const at::Tensor& x, const at::Tensor& h0,
-    const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& resets,
-    bool reset_to_initial, const at::Tensor& y, const at::Tensor& gates, const at::Tensor& cells, bool has_biases,
-    std::string_view direction, std::string_view mode, Wanted wanted, bool overwrites_gates);
+    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const OptionalTensor& dcells,
+    const at::Tensor& x, const at::Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
+    const OptionalTensor& resets, bool reset_to_initial, const at::Tensor& y, const at::Tensor& gates, const at::Tensor& cells,
+    bool has_biases, std::string_view direction, std::string_view mode, Wanted wanted, bool overwrites_gates);
 
 }  // namespace rnnattn

@@ -63,11 +63,11 @@ def checked_resets(resets: Tensor | None, input: Tensor, batch_first: bool) -> T
     return resets.t() if batch_first else resets
 
 
-def check_recompute(recompute: str | None, reset_to_initial: bool) -> bool:
+def check_recompute(recompute: str | None, reset_to_initial: bool = False, return_cells: bool = False) -> bool:
     """Whether the steps are to be computed again in the backward pass, in chunks.
 
     Raises:
-        ValueError: an unknown way; resets that are not to zeros.
+        ValueError: an unknown way; resets that are not to zeros; cells of steps that are not kept.
     """
     if recompute is None:
         return False
@@ -75,6 +75,8 @@ def check_recompute(recompute: str | None, reset_to_initial: bool) -> bool:
         raise ValueError(f"recompute: expected None or 'chunk', got {recompute!r}")
     if reset_to_initial:
         raise ValueError("recompute: expected no reset_to_initial with 'chunk', only resets to zeros")
+    if return_cells:
+        raise ValueError("recompute: expected no return_cells with 'chunk', which keeps no steps in between")
     return True
 
 

@@ -36,7 +36,8 @@ def lstm(
     resets: Tensor | None = None,
     reset_to_initial: bool = False,
     recompute: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    return_cells: bool = False,
+) -> tuple[Tensor, ...]:
     """A stack of LSTM layers over a batch of sequences.
 
         i, f, o = sigmoid(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)      g = tanh(...), rows i, f, g, o
@@ -67,9 +68,12 @@ def lstm(
             and to compute each chunk again when its turn comes: one more forward for memory of the order of
             sqrt(T). Gradients are the same, but have no gradients themselves. Not while compiling; not with
             reset_to_initial.
+        return_cells: return c_t of the last layer at every step too. Not with recompute.
 
     Returns:
         output as `input` with K * R features, h_n [L * K, B, R], c_n [L * K, B, H].
+        With return_cells also cells, as `input` with K * H features, differentiable as the others are, and zero where
+        output is for the sake of a row's length.
 
     Raises:
         RuntimeError, ValueError, TypeError: an argument of the wrong shape, dtype, device or range.
@@ -78,12 +82,12 @@ def lstm(
     Source: torch.nn.LSTM; Hochreiter & Schmidhuber 1997.
     """
     h0, c0 = hx
-    output, h_n, c_n = run_stack(
+    output, h_n, c_n, cells = run_stack(
         "LSTM", input, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths,
-        resets, reset_to_initial, recompute,
+        resets, reset_to_initial, recompute, return_cells,
     )  # fmt: skip
     assert c_n is not None
-    return output, h_n, c_n
+    return (output, h_n, c_n) if cells is None else (output, h_n, c_n, cells)
 
 
 def gru(
@@ -123,7 +127,7 @@ def gru(
 
     Source: torch.nn.GRU; Cho et al. 2014.
     """
-    output, h_n, _ = run_stack(
+    output, h_n, *_ = run_stack(
         "GRU", input, hx, None, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths,
         resets, reset_to_initial, recompute,
     )  # fmt: skip
@@ -168,7 +172,7 @@ def rnn(
 
     Source: torch.nn.RNN; Elman 1990.
     """
-    output, h_n, _ = run_stack(
+    output, h_n, *_ = run_stack(
         _rnn_mode(nonlinearity), input, hx, None, weights, has_biases, num_layers, dropout, training, bidirectional,
         batch_first, lengths, resets, reset_to_initial, recompute,
     )  # fmt: skip
@@ -269,7 +273,7 @@ def _step(
         raise ValueError(f"{op_name(mode)}_cell: expected b_ih and b_hh both given or both None")
     biases = [] if b_ih is None or b_hh is None else [b_ih, b_hh]
     c0 = None if c is None else c[None]
-    _, h_n, c_n = run_stack(mode, x[None], h[None], c0, [w_ih, w_hh, *biases], has_biases=bool(biases))
+    _, h_n, c_n, _ = run_stack(mode, x[None], h[None], c0, [w_ih, w_hh, *biases], has_biases=bool(biases))
     return h_n[0], None if c_n is None else c_n[0]
 
 

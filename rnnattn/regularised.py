@@ -71,10 +71,11 @@ def regularised_layer(
     direction: str,
     mode: str,
     backend: str,
+    with_cells: bool,
     regularisation: Regularisation,
     layer: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """y [T, B, K * H], h_n, c_n [K, B, H] and cells [T, B, K * H] in the accumulation type, of the layer of that index.
+    """y, h_n, c_n and, with_cells, cells [K, T, B, H] of the layer of that index.
 
     The other arguments are those of `rnnattn.reference.recurrent_layer_forward`, without a projection.
     """
@@ -101,7 +102,7 @@ def regularised_layer(
         torch.cat(y, -1),
         torch.stack(h_n),
         torch.stack(c_n) if has_c else None,
-        torch.cat(cells, -1) if has_c else None,
+        torch.stack(cells) if with_cells else None,
     )
 
 

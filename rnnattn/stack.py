@@ -16,7 +16,7 @@ from rnnattn import autograd, backends
 from rnnattn.autocast import autocast_dtype, lowered
 from rnnattn.backends import Call
 from rnnattn.checks import check_recompute, check_recurrent, checked_lengths, checked_resets
-from rnnattn.reference import CELLS
+from rnnattn.reference import CELLS, zero_invalid
 from rnnattn.regularised import Regularisation, regularised_layer
 from rnnattn.transforms import is_transformed, want_equations
 
@@ -37,16 +37,18 @@ def run_stack(
     resets: Tensor | None = None,
     reset_to_initial: bool = False,
     recompute: str | None = None,
+    return_cells: bool = False,
     regularisation: Regularisation | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """output, h_n and c_n (None for a cell without c); mode is a key of `reference.CELLS`."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """output, h_n, c_n (None for a cell without c) and cells (None if not asked for); mode is a key of
+    `reference.CELLS`."""
     low = autocast_dtype(input)
     if low is not None:
         with torch.autocast(input.device.type, enabled=False):
             return run_stack(
                 mode, lowered(input, low), lowered(h0, low), lowered(c0, low), [lowered(w, low) for w in weights],
                 has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths, resets,
-                reset_to_initial, recompute, regularisation,
+                reset_to_initial, recompute, return_cells, regularisation,
             )  # fmt: skip
     weights = list(weights)
     x = input.transpose(0, 1) if batch_first else input
@@ -55,21 +57,27 @@ def run_stack(
     lengths = checked_lengths(lengths, x.shape[1], x.shape[0], x.device)
     resets = checked_resets(resets, input, batch_first)
     ragged, has_resets = lengths is not None, resets is not None
-    in_chunks = check_recompute(recompute, resets is not None and reset_to_initial)
+    in_chunks = check_recompute(recompute, resets is not None and reset_to_initial, return_cells)
     backend, looked_on = "reference", want_equations(x, h0, c0, *weights)
     if not looked_on:
-        call = _call(mode, x, h0, c0, weights, num_layers, K, ragged, has_resets, in_chunks)
+        call = _call(mode, x, h0, c0, weights, num_layers, K, ragged, has_resets, in_chunks, return_cells)
         backend = backends.select(replace(call, regularised=regularisation is not None)).backend
+    cells = None
     if backend == "torch":
         y, h_n, c_n = backends.TORCH.recurrent(
             mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, lengths
         )
     else:
-        y, h_n, c_n = _layers(
+        y, h_n, c_n, cells = _layers(
             mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, K, lengths, resets, reset_to_initial,
-            backend, in_chunks and not (looked_on or torch.compiler.is_compiling() or is_transformed()), regularisation,
+            backend, in_chunks and not (looked_on or torch.compiler.is_compiling() or is_transformed()), return_cells,
+            regularisation,
         )  # fmt: skip
-    return y.transpose(0, 1) if batch_first else y, h_n, c_n
+    if cells is not None:
+        cells = zero_invalid(cells, lengths).permute(1, 2, 0, 3).flatten(2).to(y.dtype)  # [T, B, K * H]
+    if batch_first:
+        y, cells = y.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
+    return y, h_n, c_n, cells
 
 
 def _layers(
@@ -88,12 +96,15 @@ def _layers(
     reset_to_initial: bool,
     backend: str,
     in_chunks: bool,
+    with_cells: bool,
     regularisation: Regularisation | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y, h_n, c_n, and cells [K, T, B, H] of the last layer, as they are in the operator."""
     direction = "bidirectional" if K == 2 else "forward"
     per_layer = len(weights) // num_layers
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
+    cells: Tensor | None = None
     for layer in range(num_layers):
         if layer > 0 and dropout > 0 and training:
             x = F.dropout(x, dropout)
@@ -102,20 +113,23 @@ def _layers(
         if regularisation is not None:
             x, own = regularisation.dropped(x, own, K)
         inputs = x, h0[states], None if c0 is None else c0[states], own, lengths, resets
+        wanted = with_cells and layer == num_layers - 1
         if regularisation is not None and regularisation.of_scan:
-            x, h, c, _ = regularised_layer(
-                *inputs, reset_to_initial, has_biases, direction, mode, backend, regularisation, layer
+            x, h, c, cells = regularised_layer(
+                *inputs, reset_to_initial, has_biases, direction, mode, backend, wanted, regularisation, layer
             )
         elif in_chunks and wants_grad(x, *inputs[1:3], *own):
             x, h, c = autograd.recurrent_layer_in_chunks(*inputs, has_biases, direction, mode, backend)
         else:
-            x, h, c = autograd.recurrent_layer(*inputs, reset_to_initial, has_biases, direction, mode, backend)
+            x, h, c, cells = autograd.recurrent_layer(
+                *inputs, reset_to_initial, has_biases, direction, mode, backend, wanted
+            )
         h_n.append(h)
         if c is not None:
             c_n.append(c)
     if num_layers == 1:
-        return x, h_n[0], c_n[0] if c_n else None
-    return x, torch.cat(h_n), torch.cat(c_n) if c_n else None
+        return x, h_n[0], c_n[0] if c_n else None, cells
+    return x, torch.cat(h_n), torch.cat(c_n) if c_n else None, cells
 
 
 def op_name(mode: str) -> str:
@@ -145,6 +159,7 @@ def _call(
     ragged: bool,
     resets: bool,
     in_chunks: bool,
+    cells: bool,
 ) -> Call:
     """What `backends.select` needs to know; x is [T, B, I]."""
     T, B, I = x.shape
@@ -152,5 +167,5 @@ def _call(
     H = R if c0 is None else c0.shape[-1]
     return Call(
         op_name(mode), x.device.type, x.dtype, B, T, I, H, num_layers, K, R if R != H else 0, ragged,
-        wants_grad(x, h0, c0, *weights), torch.compiler.is_compiling(), resets, in_chunks,
+        wants_grad(x, h0, c0, *weights), torch.compiler.is_compiling(), resets, in_chunks, cells,
     )  # fmt: skip

@@ -37,7 +37,8 @@ class RecurrentCase:
     resets: str = ""  # where episodes begin: some, every, none or first
     to_initial: bool = False  # resets are to the initial states
     states: bool = False  # h0 (and c0) given, with gradients
-    cotangents: tuple[str, ...] = ("y", "h_n", "c_n")  # of those that the mode has
+    cells: bool = False  # c_t of every step is wanted; LSTM
+    cotangents: tuple[str, ...] = ("y", "h_n", "c_n", "cells")  # of those that there are
     layout: str = "contiguous"  # or strided, transposed, expanded, batch_first
     nan: bool = False  # NaN in x and dy at invalid steps
     scale: float = 1.0  # of x
@@ -51,8 +52,8 @@ class RecurrentCase:
             self.direction != "forward" and self.direction, not self.bias and "nobias",
             self.lengths is not None and "len" + "_".join(map(str, self.lengths)),
             self.lengths_as != "int64" and self.lengths_as, self.resets and f"resets_{self.resets}",
-            self.to_initial and "to_initial", self.states and "states",
-            len(self.cotangents) < 3 and "only_" + "_".join(self.cotangents),
+            self.to_initial and "to_initial", self.states and "states", self.cells and "cells",
+            len(self.cotangents) < 4 and "only_" + "_".join(self.cotangents),
             self.layout != "contiguous" and self.layout, self.nan and "nan", self.scale != 1 and f"x{self.scale:g}",
             self.recompute, self.apart and "apart",
         ]  # fmt: skip
@@ -64,7 +65,7 @@ class RecurrentCase:
         return self.mode.split("_")[0].lower() + ("" if self.scale == 1 else "_large")
 
     def offered(self, backend: str, dtype: torch.dtype) -> bool:
-        if backend == "torch" and (self.resets or self.recompute):
+        if backend == "torch" and (self.resets or self.recompute or self.cells):
             return False
         if backend == "torch" and (self.B == 0 or self.direction == "reverse"):
             return False
@@ -130,19 +131,21 @@ class RecurrentCase:
         if self.apart:
             for w in t["weights"]:
                 w.mul_(0.25) if w.dim() == 2 else w.copy_(torch.tensor([3.0, -3.0]).repeat(w.shape[0])[: w.shape[0]])
+        if self.cells:
+            t["dcells"] = normal(T, B, K * self.H)
         if not self.has_c:
             del t["c0"], t["dc_n"]
         if self.layout == "expanded":
             t["x"], t["dy"] = t["x"][:1].expand(T, -1, -1), t["dy"][:1, :1, :1].expand(T, B, K * R)
         if self.nan and poisoned:
-            for name in ("x", "dy"):
+            for name in ("x", "dy", *(("dcells",) if self.cells else ())):
                 t[name] = t[name].masked_fill(~self.valid()[..., None], torch.nan)
         if self.layout == "transposed":
             t = {name: transposed(value) for name, value in t.items()}
         if self.layout == "strided":
             t = {name: strided(value) for name, value in t.items()}
         if self.layout == "batch_first":
-            for name in ("x", "dy", *(("resets",) if self.resets else ())):
+            for name in ("x", "dy", *(("resets",) if self.resets else ()), *(("dcells",) if self.cells else ())):
                 t[name] = t[name].transpose(0, 1).contiguous()
         return t
 
@@ -165,7 +168,8 @@ class RecurrentCase:
         else:
             with rnnattn.use_backend(backend):
                 outputs = self.call(x, initials, weights, t["lengths"], t["resets"])
-        results = dict(zip(("y", *self.initial_of), outputs, strict=False))
+        names = "y", *self.initial_of, *(["cells"] if self.cells else [])
+        results = dict(zip(names, outputs, strict=False))
         if backward:
             given = [name for name in self.cotangents if name in results]
             gradients = torch.autograd.grad(
@@ -173,7 +177,7 @@ class RecurrentCase:
             )
             results |= dict(zip(leaves, gradients, strict=True))
         if self.layout == "batch_first":
-            results |= {name: results[name].transpose(0, 1) for name in ("y", "dx") if name in results}
+            results |= {name: results[name].transpose(0, 1) for name in ("y", "cells", "dx") if name in results}
         return {name: value.detach() for name, value in results.items()}
 
     def call(
@@ -191,7 +195,7 @@ class RecurrentCase:
             "resets": resets, "reset_to_initial": self.to_initial, "recompute": self.recompute or None,
         }  # fmt: skip
         if self.mode == "LSTM":
-            return RF.lstm(x, (initials[0], initials[1]), weights, **settings)
+            return RF.lstm(x, (initials[0], initials[1]), weights, return_cells=self.cells, **settings)
         if self.mode == "GRU":
             return RF.gru(x, initials[0], weights, **settings)
         return RF.rnn(x, initials[0], weights, self.mode.split("_")[1].lower(), **settings)
@@ -281,6 +285,26 @@ LSTM_CASES = [
     RecurrentCase(3, 5, 5, 8, "episodes from the initial states, projection, ragged", R=3, resets="some",
                   to_initial=True, lengths=(4, 0, 5), states=True),
     RecurrentCase(3, 5, 6, 7, "NaN behind the lengths, projection, both directions", R=4, nan=True, lengths=(3, 0, 4),
+                  direction="bidirectional"),
+    RecurrentCase(3, 6, 5, 17, "cells", cells=True, states=True),
+    RecurrentCase(2, 1, 5, 7, "cells of T=1", cells=True, states=True),
+    RecurrentCase(0, 3, 4, 5, "cells, B=0", cells=True),
+    RecurrentCase(4, 5, 6, 7, "cells behind the lengths are zero, whatever NaN their cotangent has there", cells=True,
+                  lengths=(3, 0, 5, 1), direction="bidirectional", nan=True, states=True),
+    RecurrentCase(3, 5, 4, 6, "cells of the last layer, batch first", cells=True, layers=2, layout="batch_first",
+                  direction="bidirectional", lengths=(5, 0, 2), states=True),
+    RecurrentCase(3, 4, 5, 8, "cells with a projection have H features", cells=True, R=3, direction="bidirectional",
+                  bias=False, lengths=(4, 0, 2), states=True),
+    RecurrentCase(3, 4, 5, 6, "only cells have a cotangent", cells=True, cotangents=("cells",), states=True),
+    RecurrentCase(3, 4, 5, 8, "cells whose cotangent has gaps between elements", cells=True, layout="strided",
+                  lengths=(4, 1, 2), states=True),
+    RecurrentCase(4, 6, 5, 7, "cells of episodes: their gradients cross no border, nor are they cut at one", cells=True,
+                  resets="some", lengths=(6, 3, 0, 4), direction="bidirectional", states=True),
+    RecurrentCase(3, 6, 5, 7, "cells of episodes from the initial states", cells=True, resets="some", to_initial=True,
+                  direction="bidirectional", states=True),
+    RecurrentCase(3, 5, 5, 8, "cells of episodes, projection, ragged", cells=True, R=3, resets="some", to_initial=True,
+                  lengths=(4, 0, 5), direction="bidirectional", states=True),
+    RecurrentCase(3, 4, 5, 6, "cells of episodes of one step each", cells=True, resets="every", states=True,
                   direction="bidirectional"),
 ]  # fmt: skip
 

@@ -51,8 +51,8 @@ class Spy:
             return forward(*a)
 
         def spied_backward(*a: Any) -> Any:
-            self.cotangents.append(tuple(d is not None for d in a[:3]))
-            self.needs.append(a[16:18])
+            self.cotangents.append(tuple(d is not None for d in a[:4]))
+            self.needs.append(a[17:19])
             return backward(*a)
 
         monkeypatch.setattr(adapter, "recurrent_layer_forward", spied_forward)
@@ -136,7 +136,7 @@ def test_only_what_is_wanted_is_computed(
     t, (y, h_n, *_) = run(case, backend, *differentiable)
     torch.autograd.backward([y, h_n], [t["dy"], t["dh_n"]])
     assert spy.needs == [needs]
-    assert spy.cotangents == [(True, True, False)]
+    assert spy.cotangents == [(True, True, False, False)]
     want = truth(dataclasses.replace(case, cotangents=("y", "h_n")), F32)
     for n in ("x", *case.initial_of.values()):
         if n in differentiable:
@@ -192,7 +192,7 @@ def test_results_are_contiguous_and_own_their_memory(backend: str, mode: str, ca
     inputs, settings = layer(case[mode], t)
     results = list(torch.ops.rnnattn.recurrent_layer(*inputs, *settings, True, backend))
     dx, dh0, dc0, dweights = torch.ops.rnnattn.recurrent_layer_backward(
-        t["dy"], t["dh_n"], t.get("dc_n"), *inputs, results[0], *results[3:], *settings, True, True, backend
+        t["dy"], t["dh_n"], t.get("dc_n"), None, *inputs, results[0], *results[3:], *settings, True, True, backend
     )
     results += [dx, dh0, dc0, *dweights]
     assert all(r.is_contiguous() for r in results)
@@ -222,7 +222,7 @@ def test_opcheck_with_resets(backend: str, mode: str) -> None:
     t = EPISODES[mode].tensors(F32)
     inputs, settings = layer(EPISODES[mode], t)
     y, _, _, gates, cells = torch.ops.rnnattn.recurrent_layer(*inputs, *settings, True, backend)
-    cotangents = [t["dy"], t["dh_n"], t.get("dc_n")]
+    cotangents = [t["dy"], t["dh_n"], t.get("dc_n"), torch.randn_like(cells) if mode == "LSTM" else None]
     torch.library.opcheck(
         torch.ops.rnnattn.recurrent_layer_backward.default,
         (*cotangents, *inputs, y, gates, cells, *settings, True, True, backend),
@@ -245,7 +245,7 @@ def test_opcheck_backward(
     t = moved(case.tensors(F32), device_of(backend))
     inputs, settings = layer(case, t)
     y, _, _, gates, cells = torch.ops.rnnattn.recurrent_layer(*inputs, *settings, True, backend)
-    cotangents = [t.get(name) if name in given else None for name in ("dy", "dh_n", "dc_n")]
+    cotangents = [t.get(name) if name in given else None for name in ("dy", "dh_n", "dc_n", "dcells")]
     torch.library.opcheck(
         torch.ops.rnnattn.recurrent_layer_backward.default,
         (*cotangents, *inputs, y, gates, cells, *settings, needs_dx, needs_dweights, backend),

@@ -108,7 +108,7 @@ def test_no_steps(mode: str) -> None:
     assert not cell.has_c or (torch.equal(c_n, t["c0"]) and cells.shape == (2, 0, 3, 6))
     assert not cell.saved or gates.shape == (2, 0, 3, 24)
     dx, dh0, _, dweights = reference.recurrent_layer_backward(
-        t["dy"], t["dh_n"], None, *inputs, y, gates, cells, True, "bidirectional", mode
+        t["dy"], t["dh_n"], None, None, *inputs, y, gates, cells, True, "bidirectional", mode
     )
     assert dx.shape == (0, 3, 4) and torch.equal(dh0, t["dh_n"])
     assert not any(d.any() for d in dweights)
@@ -131,12 +131,15 @@ def test_explicit_backward_is_autograds(case: RecurrentCase) -> None:
     settings = (case.bias, case.direction, case.mode)
     y, h_n, c_n, gates, cells = reference.recurrent_layer_forward(*arguments, *settings)
     outputs = {"y": y, "h_n": h_n} | ({"c_n": c_n} if case.has_c else {})
+    if case.cells:  # as the operator has them: [K, T, B, H]
+        outputs["cells"] = reference.zero_invalid(cells, lengths)
+        t["dcells"] = t["dcells"].unflatten(-1, (case.directions, case.H)).movedim(2, 0)
     given = [name for name in case.cotangents if name in outputs]
     dy = torch.where(case.valid()[..., None], t["dy"], 0)  # autograd's own 0 * NaN is not under test
     cotangents = [dy if name == "y" else t["d" + name] for name in given]
     want = torch.autograd.grad([outputs[name] for name in given], leaves, cotangents)
     dx, dh0, dc0, dweights = reference.recurrent_layer_backward(
-        *(t["d" + name] if name in given else None for name in ("y", "h_n", "c_n")),
+        *(t["d" + name] if name in given else None for name in ("y", "h_n", "c_n", "cells")),
         *arguments, y.detach(), gates.detach(), cells.detach(), *settings,
     )  # fmt: skip
     if case.bias and CELLS[case.mode].shared:  # one gradient serves both biases

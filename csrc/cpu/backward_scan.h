@@ -160,9 +160,9 @@ class Backward {
     if constexpr (Cell::kNeedsPrevious)
       h_prev = step && !anew ? load_stored<F>(p.stored, p.y, before * p.y_row + unit, n)
                              : load((anew ? static_cast<const F*>(p.resets.h) : p.h0) + b * p.R + unit, n);
-    const F *c = nullptr, *c_prev = nullptr;
+    const F *c = nullptr, *c_prev = nullptr, *d_cells = p.d_cells ? p.d_cells + at * p.H : nullptr;
     if (p.cells) c = p.cells + at * p.H, c_prev = anew ? p.resets.c + b * p.H : step ? p.cells + before * p.H : p.c0 + b * p.H;
-    Cell::template backward<F, Row>({unit, n, p.H, p.stored, p.gates, at * columns, c, c_prev, h, h_prev, p.dc + b * p.H,
+    Cell::template backward<F, Row>({unit, n, p.H, p.stored, p.gates, at * columns, c, c_prev, d_cells, h, h_prev, p.dc + b * p.H,
                                      d_gates + slot_of(p.rows, i, t) * columns, p.d_bias, p.dh + b * p.R}, dh);
     if (p.cells && anew) {
       F* dc = p.dc + b * p.H + unit;

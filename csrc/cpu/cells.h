@@ -36,8 +36,9 @@ struct BackwardUnits {
   const void* gates;
   int64_t gates_at;
   const F *c, *c_prev;
+  const F* d_cells;  // gradient of c as a result of its own, or null
   Vec<F> h, h_prev;  // states after and before the step
-  F* dc;             // in: gradient of c; out: of c_prev
+  F* dc;             // in: gradient of c as a state; out: of c_prev
   Row* d_gates;      // out
   F* d_bias;         // added to: the sum of d_gates, or null
   F* carry;          // out: the part of the gradient of h_prev that takes no product
@@ -68,7 +69,9 @@ struct Lstm {
   template <typename F, typename Row>
   RNNATTN_INLINE static void backward(const BackwardUnits<F, Row>& at, Vec<F> dh) {
     const Vec<F> tanh_c = tanh(load(at.c + at.unit, at.n));
-    backward_through(at, dh, tanh_c, load(at.dc + at.unit, at.n) + dh * at.gate(3) * (F(1) - tanh_c * tanh_c));
+    Vec<F> dc = load(at.dc + at.unit, at.n) + dh * at.gate(3) * (F(1) - tanh_c * tanh_c);
+    if (at.d_cells) dc += load(at.d_cells + at.unit, at.n);
+    backward_through(at, dh, tanh_c, dc);
   }
 
   // With dc the whole gradient of c.

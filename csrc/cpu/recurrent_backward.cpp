@@ -20,13 +20,14 @@ constexpr int64_t kColumnsOfOneGemm = 512;  // up to which one GEMM and some cop
 using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 template <typename F>
-Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
-                   const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
-                   const OptionalTensor& resets, bool reset_to_initial, const Tensor& y, const Tensor& gates, const Tensor& cells,
-                   bool has_biases, std::string_view direction, Mode mode, Wanted wanted, bool overwrites) {
+Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                   const OptionalTensor& dcells, const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                   const OptionalTensor& lengths, const OptionalTensor& resets, bool reset_to_initial, const Tensor& y,
+                   const Tensor& gates, const Tensor& cells, bool has_biases, std::string_view direction, Mode mode, Wanted wanted,
+                   bool overwrites) {
   for (const Tensor& w : weights) check_allocated("weights", w);
   check_allocated("x", x), check_allocated("h0", h0), check_allocated("c0", c0), check_allocated("dy", dy_given);
-  check_allocated("y", y), check_allocated("gates", gates), check_allocated("cells", cells);
+  check_allocated("y", y), check_allocated("gates", gates), check_allocated("cells", cells), check_allocated("dcells", dcells);
   const auto reverses = parse_direction(direction);
   const auto acc = c10::CppTypeToScalarType<F>::value;
   const auto dtype = x.scalar_type();
@@ -49,6 +50,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   const Tensor dh_reset = zeros_like(dh), dc_reset = zeros_like(dc);
   OptionalTensor dy = dy_given;
   if (dy && dy->stride(2) != 1) dy = dy->contiguous();
+  const Tensor d_cells = dcells ? dcells->to(acc).contiguous() : Tensor();
 
   std::vector<PackedMatrix<F>> matrices;  // per direction: w_hh, (w_hr)
   for (const auto& w : parts) {
@@ -99,7 +101,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
                                d_bias.numel() ? d_bias.data_ptr<F>() + (k * plan.groups + group) * columns * H : nullptr,
                                pointer(dh_out, order.slots * R),
                                {flags(resets), pointer(h_reset, B * R), pointer(c_reset, B * H)}, pointer(dh_reset, B * R),
-                               pointer(dc_reset, B * H)};
+                               pointer(dc_reset, B * H), pointer(d_cells, T * B * H)};
     if constexpr (std::is_same_v<F, float>)
       if (narrow) return kernel_table().bfloat16->backward_scan(scan, member);
     kernels<F>().backward_scan(scan, member);
@@ -160,12 +162,13 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   return {wanted.dx ? dx.to(dtype).view({T, B, I}) : none, wanted.dh0 ? dh.to(dtype) : none, lstm ? dc.to(dtype) : none, dweights};
 }
 
-Gradients backward_operator(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
-                            const Tensor& h0, const OptionalTensor& c0, at::TensorList weights, const OptionalTensor& lengths,
-                            const OptionalTensor& resets, bool reset_to_initial, const Tensor& y, const Tensor& gates,
-                            const Tensor& cells, bool has_biases, std::string_view direction, std::string_view mode,
-                            bool needs_dx, bool needs_dweights, bool overwrites) {
-  return recurrent_layer_backward(dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
+Gradients backward_operator(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                            const OptionalTensor& dcells, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
+                            at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& resets,
+                            bool reset_to_initial, const Tensor& y, const Tensor& gates, const Tensor& cells, bool has_biases,
+                            std::string_view direction, std::string_view mode, bool needs_dx, bool needs_dweights,
+                            bool overwrites) {
+  return recurrent_layer_backward(dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
                                   has_biases, direction, mode, {needs_dx, true, needs_dweights}, overwrites);
 }
 
@@ -176,14 +179,15 @@ TORCH_LIBRARY_IMPL(rnnattn_native, CPU, m) {
 }  // namespace
 
 Gradients recurrent_layer_backward(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                                   const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                                   const OptionalTensor& lengths, const OptionalTensor& resets, bool reset_to_initial,
-                                   const Tensor& y, const Tensor& gates, const Tensor& cells, bool has_biases,
-                                   std::string_view direction, std::string_view mode, Wanted wanted, bool overwrites) {
+                                   const OptionalTensor& dcells, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
+                                   at::TensorList weights, const OptionalTensor& lengths, const OptionalTensor& resets,
+                                   bool reset_to_initial, const Tensor& y, const Tensor& gates, const Tensor& cells,
+                                   bool has_biases, std::string_view direction, std::string_view mode, Wanted wanted,
+                                   bool overwrites) {
   adapt_to_fork();
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
   return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
-    return backward<decltype(zero)>(dy, dh_n, dc_n, x, h0, c0, weights, contiguous(lengths), contiguous(resets),
+    return backward<decltype(zero)>(dy, dh_n, dc_n, dcells, x, h0, c0, weights, contiguous(lengths), contiguous(resets),
                                     reset_to_initial, y.contiguous(), gates.contiguous(), cells.contiguous(), has_biases, direction,
                                     parse_mode(mode), wanted, overwrites);
   });

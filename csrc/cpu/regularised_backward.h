@@ -101,7 +101,7 @@ class RegularisedBackwardScan {
     if constexpr (Cell::kNeedsH) h = load(gates + unit, n);
     if constexpr (Cell::kNeedsPrevious) h_prev = load_stored<F>(p.stored, p.h_prev, at * p.H + unit, n);
     const BackwardUnits<F, F> units{unit, n, p.H, Stored::kFull, gates, 0, c_fresh, kLstm ? p.c_prev + at * p.H : nullptr,
-                                    h, h_prev, dc_fresh, out, nullptr, carry};
+                                    nullptr, h, h_prev, dc_fresh, out, nullptr, carry};
     const Vec<F> dh = load(d_fresh + unit, n);
     if constexpr (kLstm) {
       if (p.norm_c) return Lstm::backward_through(units, dh, load(normal_c + unit, n), load(dc_fresh + unit, n));

@@ -81,9 +81,9 @@ class ChunkedScan(torch.autograd.Function):
             h, c = borders[2 * n], borders[2 * n + 1]
             y_k, _, _, gates, cells = _chunk(ctx.settings, x, h, c, weights, lengths, resets, start, end)
             dx_k, dh, dc_k, own = run(
-                None if dy is None else dy[start:end], dh, dc if has_c else None, x[start:end], h, c, list(weights),
-                _within(lengths, start, end), _part(resets, start, end), False, y_k, gates, cells, has_biases,
-                direction, mode, needs_dx, needs_dweights, True,
+                None if dy is None else dy[start:end], dh, dc if has_c else None, None, x[start:end], h, c,
+                list(weights), _within(lengths, start, end), _part(resets, start, end), False, y_k, gates, cells,
+                has_biases, direction, mode, needs_dx, needs_dweights, True,
             )  # fmt: skip
             dc = dc_k if has_c else None
             if dx is not None and dx_k is not None:

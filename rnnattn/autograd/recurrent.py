@@ -16,7 +16,14 @@ from rnnattn import backends
 from rnnattn.autograd.batched import map_one_by_one, one_by_one
 from rnnattn.autograd.eager import is_eager, is_last_use
 from rnnattn.autograd.equations import first_gradients, second_gradients
-from rnnattn.reference import CELLS, DIRECTIONS, accumulation_dtype, recurrent_layer_forward, split_weights
+from rnnattn.reference import (
+    CELLS,
+    DIRECTIONS,
+    accumulation_dtype,
+    recurrent_layer_forward,
+    split_weights,
+    zero_invalid,
+)
 from rnnattn.transforms import is_transformed, want_equations
 
 torch.library.define(
@@ -26,7 +33,7 @@ torch.library.define(
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
 )
 _BACKWARD = (
-    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, "
+    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor h0, Tensor? c0, Tensor[] weights, "
     "Tensor? lengths, Tensor? resets, bool reset_to_initial, Tensor y, Tensor gates, Tensor cells, "
     "bool has_biases, str direction, str mode, bool needs_dx, bool needs_dweights, str backend) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)"
@@ -68,21 +75,21 @@ def _forward_fake(  # type: ignore[no-untyped-def]
 
 
 def _backward(  # type: ignore[no-untyped-def]
-    dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases, direction,
-    mode, needs_dx, needs_dweights, backend, overwrites_gates=False,
+    dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
+    direction, mode, needs_dx, needs_dweights, backend, overwrites_gates=False,
 ):  # fmt: skip
     """overwrites_gates: the backend may leave anything in them."""
     dx, dh0, dc0, dweights = backends.get(backend).recurrent_layer_backward(
-        dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases, direction,
-        mode, needs_dx, needs_dweights, overwrites_gates,
+        dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
+        direction, mode, needs_dx, needs_dweights, overwrites_gates,
     )  # fmt: skip
     return dx if needs_dx else x.new_empty(0), dh0, dc0, dweights if needs_dweights else []
 
 
 @torch.library.register_fake("rnnattn::recurrent_layer_backward")
 def _backward_fake(  # type: ignore[no-untyped-def]
-    dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases, direction,
-    mode, needs_dx, needs_dweights, backend,
+    dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
+    direction, mode, needs_dx, needs_dweights, backend,
 ):  # fmt: skip
     dweights = []
     if needs_dweights:
@@ -116,30 +123,30 @@ class RecurrentLayer(torch.autograd.Function):
         if c0 is None:
             ctx.mark_non_differentiable(c_n, gates, cells)
         else:
-            ctx.mark_non_differentiable(gates, cells)
+            ctx.mark_non_differentiable(gates)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h0, c0, lengths, resets, y, gates, cells, *weights)
         ctx.settings = reset_to_initial, has_biases, direction, mode, backend
 
     @staticmethod
-    def backward(ctx: Any, dy, dh_n, dc_n, _dgates, _dcells):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, dy, dh_n, dc_n, _dgates, dcells):  # type: ignore[no-untyped-def]
         needs = ctx.needs_input_grad
-        gradients = _gradients(ctx, dy, dh_n, dc_n, needs[0], any(needs[10:]), own_gates=True)
+        gradients = _gradients(ctx, (dy, dh_n, dc_n, dcells), needs[0], any(needs[10:]), own_gates=True)
         return *gradients[:3], *[None] * 7, *gradients[3]
 
 
 def _differentiable_backward(*arguments, own_gates=False):  # type: ignore[no-untyped-def]
     """What `rnnattn::recurrent_layer_backward` gives, so that whoever looks on can differentiate or map it."""
-    (dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, _, _, _, has_biases, direction, mode,
-     _, needs_dweights, _) = arguments  # fmt: skip
-    cotangents = dy, dh_n, dc_n
+    cotangents, inputs = arguments[:4], arguments[4:]
+    (x, h0, c0, weights, lengths, resets, reset_to_initial, _, _, _, has_biases, direction, mode, _, needs_dweights,
+     _) = inputs  # fmt: skip
     if want_equations(*cotangents, x, h0, c0, *weights):
         forward = _equations(lengths, resets, reset_to_initial, has_biases, direction, mode)
         dx, dh0, dc0, *dweights = first_gradients(forward, (x, h0, c0, *weights), cotangents)
         own = [dweights[n] for n in _own(len(weights), has_biases, direction, mode)]
         return dx, dh0, x.new_empty(0) if dc0 is None else dc0, own if needs_dweights else []
     if torch.is_grad_enabled() and is_transformed():
-        dx, dh0, dc0, *dweights = LayerGradients.apply(*arguments[:6], *arguments[7:], *weights)
+        dx, dh0, dc0, *dweights = LayerGradients.apply(*arguments[:7], *arguments[8:], *weights)
         return dx, dh0, dc0, dweights
     # A gradient that is itself to be differentiated is the operator's, of which autograd knows the gradient.
     if not torch.is_grad_enabled() and all(is_eager(t) for t in (x, *cotangents) if t is not None):
@@ -147,11 +154,12 @@ def _differentiable_backward(*arguments, own_gates=False):  # type: ignore[no-un
     return torch.ops.rnnattn.recurrent_layer_backward(*arguments)
 
 
-def _equations(*settings: Any) -> Any:
-    """The outputs of the reference as a function of its differentiable inputs."""
+def _equations(lengths: Tensor | None, *settings: Any) -> Any:
+    """The outputs of the reference that have cotangents, as a function of its differentiable inputs."""
 
     def forward(x: Tensor, h0: Tensor, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
-        return recurrent_layer_forward(x, h0, c0, list(weights), *settings)[:3]
+        y, h_n, c_n, _, cells = recurrent_layer_forward(x, h0, c0, list(weights), lengths, *settings)
+        return y, h_n, c_n, cells if c0 is None else zero_invalid(cells, lengths)
 
     return forward
 
@@ -169,13 +177,13 @@ def of_each_weight(own: list[Tensor], weights: int, has_biases: bool, direction:
 
 
 def _gradients(  # type: ignore[no-untyped-def]
-    ctx: Any, dy, dh_n, dc_n, needs_dx: bool, needs_dweights: bool, own_gates: bool = False
+    ctx: Any, cotangents, needs_dx: bool, needs_dweights: bool, own_gates: bool = False
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor | None]]:
     """dx, dh0, dc0 and one gradient per weight. own_gates: nobody has `gates` but this graph."""
     x, h0, c0, lengths, resets, y, gates, cells, *weights = ctx.saved_tensors
     reset_to_initial, has_biases, direction, mode, backend = ctx.settings
     arguments = (
-        dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases, direction,
+        *cotangents, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases, direction,
         mode, needs_dx, needs_dweights, backend,
     )  # fmt: skip
     dx, dh0, dc0, dweights = _differentiable_backward(*arguments, own_gates=own_gates)
@@ -193,22 +201,23 @@ def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     RecurrentLayer.setup_context(ctx, (x, h0, c0, *rest, backend, *weights), output)
 
 
-def _op_backward(ctx: Any, dy, dh_n, dc_n, _dgates, _dcells):  # type: ignore[no-untyped-def]
+def _op_backward(ctx: Any, dy, dh_n, dc_n, _dgates, dcells):  # type: ignore[no-untyped-def]
     needs = ctx.needs_input_grad
-    dx, dh0, dc0, dweights = _gradients(ctx, dy, dh_n, dc_n, needs[0], any(needs[3]))
+    dx, dh0, dc0, dweights = _gradients(ctx, (dy, dh_n, dc_n, dcells), needs[0], any(needs[3]))
     return dx, dh0, dc0, dweights, *[None] * 8
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, _, _, _, *settings = inputs
+    *cotangents, x, h0, c0, weights, lengths, resets, reset_to_initial = inputs[:11]
+    settings = inputs[14:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(dy, dh_n, dc_n, lengths, resets, x, h0, c0, *weights)
+    ctx.save_for_backward(*cotangents, lengths, resets, x, h0, c0, *weights)
     ctx.settings = reset_to_initial, *settings[:5]
 
 
 def _double_backward(ctx: Any, ddx, ddh0, ddc0, ddweights):  # type: ignore[no-untyped-def]
     """y, gates and cells are functions of the other inputs here: no gradient is theirs."""
-    dy, dh_n, dc_n, lengths, resets, *inputs = ctx.saved_tensors
+    dy, dh_n, dc_n, dcells, lengths, resets, *inputs = ctx.saved_tensors
     reset_to_initial, has_biases, direction, mode, needs_dx, needs_dweights = ctx.settings
     seconds: list[Tensor | None] = [ddx if needs_dx else None, ddh0, None if inputs[2] is None else ddc0]
     seconds += [None] * len(inputs[3:])
@@ -216,7 +225,7 @@ def _double_backward(ctx: Any, ddx, ddh0, ddc0, ddweights):  # type: ignore[no-u
         for n, dd in zip(_own(len(inputs[3:]), has_biases, direction, mode), ddweights, strict=True):
             seconds[3 + n] = dd
     forward = _equations(lengths, resets, reset_to_initial, has_biases, direction, mode)
-    (dx, dh0, dc0, *dweights), of_cotangents = second_gradients(forward, inputs, (dy, dh_n, dc_n), seconds)
+    (dx, dh0, dc0, *dweights), of_cotangents = second_gradients(forward, inputs, (dy, dh_n, dc_n, dcells), seconds)
     return *of_cotangents, dx, dh0, dc0, dweights, *[None] * 12
 
 
@@ -232,17 +241,17 @@ class LayerGradients(torch.autograd.Function):
     @staticmethod
     def forward(*arguments):  # type: ignore[no-untyped-def]
         dx, dh0, dc0, dweights = torch.ops.rnnattn.recurrent_layer_backward(
-            *arguments[:6], list(arguments[18:]), *arguments[6:18]
+            *arguments[:7], list(arguments[19:]), *arguments[7:19]
         )
         return dx, dh0, dc0, *dweights
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _setup_backward_context(ctx, (*inputs[:6], inputs[18:], *inputs[6:18]), output)
+        _setup_backward_context(ctx, (*inputs[:7], inputs[19:], *inputs[7:19]), output)
 
     @staticmethod
     def backward(ctx: Any, ddx, ddh0, ddc0, *ddweights):  # type: ignore[no-untyped-def]
-        *gradients, dweights = _double_backward(ctx, ddx, ddh0, ddc0, ddweights)[:7]
+        *gradients, dweights = _double_backward(ctx, ddx, ddh0, ddc0, ddweights)[:8]
         return *gradients, *[None] * 12, *dweights
 
     vmap = staticmethod(one_by_one(lambda *arguments: LayerGradients.apply(*arguments)))
@@ -266,25 +275,29 @@ def recurrent_layer(
     direction: str,
     mode: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, h_n, c_n of one layer; see `rnnattn.reference.recurrent_layer_forward` for the shapes."""
+    with_cells: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y, h_n, c_n and, where they are wanted, cells of one layer; see `rnnattn.reference.recurrent_layer_forward` for
+    the shapes. At steps behind a row's length nothing is to be read in cells, and no gradient goes there."""
     states = (h0,) if c0 is None else (h0, c0)
+    cells: Tensor | None
     wants = torch.is_grad_enabled() and (is_transformed() or any(t.requires_grad for t in (x, *states, *weights)))
     if want_equations(x, *states, *weights):
-        y, h_n, c_n, _, _ = recurrent_layer_forward(
+        y, h_n, c_n, _, cells = recurrent_layer_forward(
             x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode
         )
     elif wants and not torch.compiler.is_compiling():  # which goes wrong with Functions inside of torch.func
-        y, h_n, c_n, _, _ = RecurrentLayer.apply(
+        y, h_n, c_n, _, cells = RecurrentLayer.apply(
             x, h0, c0, lengths, resets, reset_to_initial, has_biases, direction, mode, backend, *weights
         )
     elif is_eager(x):
         run = backends.get(backend).recurrent_layer_forward
-        y, h_n, c_n, _, _ = run(
-            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, False
+        y, h_n, c_n, _, cells = run(
+            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, with_cells
         )
     else:
-        y, h_n, c_n, _, _ = torch.ops.rnnattn.recurrent_layer(
-            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, wants, backend
+        save = wants or with_cells
+        y, h_n, c_n, _, cells = torch.ops.rnnattn.recurrent_layer(
+            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save, backend
         )
-    return y, h_n, None if c0 is None else c_n
+    return y, h_n, None if c0 is None else c_n, cells if with_cells else None

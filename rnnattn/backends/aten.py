@@ -28,6 +28,8 @@ class Torch(Backend):
             return f"torch's own {call.op.upper()} knows no zoneout, locked dropout, dropped weights or layer norm"
         if call.in_chunks:
             return f"torch's own {call.op.upper()} keeps what it computed of all steps"
+        if call.cells:
+            return f"torch's own {call.op.upper()} gives the cell state of the last step alone"
         if call.recurrent and call.B == 0:
             return f"torch's own {call.op.upper()} refuses an empty batch in some builds"
         return None

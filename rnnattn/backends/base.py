@@ -36,6 +36,7 @@ class Call:
     compiling: bool = False
     resets: bool = False
     in_chunks: bool = False  # computed again in the backward pass
+    cells: bool = False  # c_t of every step is wanted
     regularised: bool = False  # by zoneout, locked dropout, dropped weights or layer norm
 
     @property
@@ -85,6 +86,7 @@ class Backend:
         dy: Tensor | None,
         dh_n: Tensor | None,
         dc_n: Tensor | None,
+        dcells: Tensor | None,
         x: Tensor,
         h0: Tensor,
         c0: Tensor | None,

@@ -66,13 +66,13 @@ class Cuda(Backend):
         )
 
     def recurrent_layer_backward(  # type: ignore[no-untyped-def]
-        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
-        direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
+        self, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
+        has_biases, direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
     ):  # fmt: skip
         lengths = pool_gemms.dense_rows(lengths)
         return stepwise_backward.layer_backward(
-            Step(self.ops), dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
-            has_biases, direction, mode, needs_dx, needs_dweights,
+            Step(self.ops), dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates,
+            cells, has_biases, direction, mode, needs_dx, needs_dweights,
         )  # fmt: skip
 
     def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]

@@ -29,11 +29,11 @@ class Reference(Backend):
         )
 
     def recurrent_layer_backward(  # type: ignore[no-untyped-def]
-        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
-        direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
+        self, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
+        has_biases, direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
     ):  # fmt: skip
         return reference.recurrent_layer_backward(
-            dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
+            dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
             direction, mode,
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from rnnattn.reference import (
     scan_resets,
     split_weights,
     valid_steps,
+    zero_invalid,
 )
 
 
@@ -27,6 +28,7 @@ def layer_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
+    dcells: Tensor | None,
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
@@ -48,6 +50,7 @@ def layer_backward(
     (T, B, I), (K, _, R), acc = x.shape, h0.shape, accumulation_dtype(x.dtype)
     if dy is not None and dy.stride(-1) != 1:
         dy = dy.contiguous()
+    dcells = None if dcells is None else zero_invalid(dcells, lengths)
     dx = x.new_zeros(T * B, I, dtype=acc) if needs_dx else None
     dh0, dc0 = torch.empty_like(h0), x.new_empty(0) if c0 is None else torch.empty_like(c0)
     dweights: list[Tensor] | None = [] if needs_dweights else None
@@ -61,8 +64,8 @@ def layer_backward(
         if reset is not None:
             h_prev = torch.where(reset.before, reset.h, h_prev)
         da, db, dh_out, dh, dc = _scan(
-            kernels, mode, dy_k, _start(dh_n, h0, k), None if c0 is None else _start(dc_n, c0, k), c0_k, w, lengths,
-            reset, y_k, h_prev, gates_k, cells_k, reverses[k],
+            kernels, mode, dy_k, _start(dh_n, h0, k), None if c0 is None else _start(dc_n, c0, k),
+            None if dcells is None else dcells[k], c0_k, w, lengths, reset, y_k, h_prev, gates_k, cells_k, reverses[k],
         )  # fmt: skip
         dh0[k] = dh
         if dc is not None:
@@ -90,6 +93,7 @@ def _scan(
     dy: Tensor | None,
     dh: Tensor,
     dc: Tensor | None,
+    dcells: Tensor | None,
     c0: Tensor | None,
     w: LayerWeights,
     lengths: Tensor | None,
@@ -124,6 +128,10 @@ def _scan(
         c_prev = c0 if cells is None or n == 0 else cells[steps[n - 1]]
         here = None if flags is None else flags[t]
         dy_t, db_t = None if dy is None else dy[t], None if db is None else db[t]
+        if dc is not None and dcells is not None:
+            # A kernel cuts all of dc where the step after was reset; what cells give to c_t is added after a cut here.
+            product, around = (None if d is None else _kept_from(d, after, dh_reset) for d in (product, around))
+            dc, after = _kept_from(dc, after, dc_reset).add_(dcells[t]), None
         saved = (
             None if gates is None else gates[t], y[t] if gates is None else None, None if shared else h_prev[t],
             None if cells is None else cells[t], c_prev, lengths, t, here,

@@ -64,14 +64,14 @@ class Triton(Backend):
             )
 
     def recurrent_layer_backward(  # type: ignore[no-untyped-def]
-        self, dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
-        direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
+        self, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
+        has_biases, direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
     ):  # fmt: skip
         (lengths,) = _contiguous(lengths)
         with _device(x):
             return stepwise_backward.layer_backward(
-                _step(), dy, dh_n, dc_n, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
-                has_biases, direction, mode, needs_dx, needs_dweights,
+                _step(), dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates,
+                cells, has_biases, direction, mode, needs_dx, needs_dweights,
             )  # fmt: skip
 
     def regularised_scan_forward(self, *arguments):  # type: ignore[no-untyped-def]

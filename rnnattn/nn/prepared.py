@@ -175,12 +175,12 @@ class _StackArguments(_Recurrent):
 
     def _stack(
         self, input: Tensor, h0: Tensor, c0: Tensor | None, batch_first: bool, lengths: Lengths, resets: Tensor | None,
-        reset_to_initial: bool,
-    ) -> Outputs:  # fmt: skip
+        reset_to_initial: bool, return_cells: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, None]:  # fmt: skip
         x = input.transpose(0, 1) if batch_first else input
         resets = checked_resets(resets, input, batch_first)
         y, h_n, c_n = self._weights.run(x, h0, c0, lengths, resets, reset_to_initial)
-        return y.transpose(0, 1) if batch_first else y, h_n, c_n
+        return y.transpose(0, 1) if batch_first else y, h_n, c_n, None
 
 
 class _CellArguments(_Cell):
@@ -254,7 +254,7 @@ class PreparedRecurrent(_Prepared):
             if results is not None:
                 return results
         hx = hx if self._has_c or hx is None else (hx,)
-        output, states = self._arguments._run_checked(input, hx, lengths, resets, reset_to_initial)
+        (output,), states = self._arguments._run_checked(input, hx, lengths, resets, reset_to_initial)
         return output, states if self._has_c else states[0]
 
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from rnnattn.checks import check_recompute, checked_resets
 from rnnattn.functional import NONLINEARITIES
 from rnnattn.nn.direct import DirectCalls
-from rnnattn.nn.nested import like, padded
+from rnnattn.nn.layouts import run_nested, run_packed
 from rnnattn.nn.regularised import Regularised
 from rnnattn.stack import run_stack
 
@@ -36,7 +36,7 @@ class _Recurrent(DirectCalls, Regularised):
 
     def __init__(self, mode: str, *args: Any, recompute: str | None = None, **kwargs: Any) -> None:
         super().__init__(mode, *args, **kwargs)
-        check_recompute(recompute, False)
+        check_recompute(recompute)
         self.recompute = recompute
         self._check_regularisation()
 
@@ -63,12 +63,13 @@ class _Recurrent(DirectCalls, Regularised):
         return PreparedRecurrent(self, precision)
 
     def _run(
-        self, input: Tensor | PackedSequence, hx: Any, lengths: Lengths, resets: Tensor | None, reset_to_initial: bool
-    ) -> Any:
+        self, input: Tensor | PackedSequence, hx: Any, lengths: Lengths, resets: Tensor | None, reset_to_initial: bool,
+        return_cells: bool = False,
+    ) -> Any:  # fmt: skip
         """What `forward` returns; hx as it takes it."""
         self._update_flat_weights()
-        may_be_direct = self.num_layers == 1 and lengths is None and resets is None and self.recompute is None
-        may_be_direct = may_be_direct and not self._may_be_regularised()
+        plain = lengths is None and resets is None and not return_cells and not self._may_be_regularised()
+        may_be_direct = plain and self.num_layers == 1 and self.recompute is None
         if may_be_direct:
             weights, bias = self._flat_weights, self.bias
             results = self._call_directly(
@@ -78,10 +79,10 @@ class _Recurrent(DirectCalls, Regularised):
                 return results
         with_c = len(self._names) == 2
         hx = hx if with_c or hx is None else (hx,)
-        output, states = self._run_checked(input, hx, lengths, resets, reset_to_initial)
+        (output, *cells), states = self._run_checked(input, hx, lengths, resets, reset_to_initial, return_cells)
         if may_be_direct:
             self._remember(self.mode, input, self.hidden_size)
-        return output, states if with_c else states[0]
+        return output, states if with_c else states[0], *cells
 
     def _update_flat_weights(self) -> None:
         """Does what nn.RNNBase's does, which takes five times as long to find that nothing has changed."""
@@ -92,17 +93,19 @@ class _Recurrent(DirectCalls, Regularised):
                 return super()._update_flat_weights()
 
     def _run_checked(
-        self, input: Tensor | PackedSequence, hx: Any, lengths: Lengths, resets: Tensor | None, reset_to_initial: bool
-    ) -> tuple[Tensor | PackedSequence, States]:
-        """output and the final states; hx holds the initial states, or is None for zeros."""
+        self, input: Tensor | PackedSequence, hx: Any, lengths: Lengths, resets: Tensor | None, reset_to_initial: bool,
+        return_cells: bool = False,
+    ) -> tuple[list[Any], States]:  # fmt: skip
+        """The sequences, which are output and with return_cells cells, laid out as the input; and the final states.
+        hx holds the initial states, or is None for zeros."""
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(f"{self._kind}: expected no lengths with a PackedSequence, which has its own")
             if resets is not None:
                 raise ValueError(f"{self._kind}: expected no resets with a PackedSequence; pad it and use lengths=")
-            return self._run_packed(input, hx)
+            return run_packed(self, input, hx, return_cells)
         if isinstance(input, Tensor) and input.is_nested:  # what is no tensor has its error from dim(), as in torch.nn
-            return self._run_nested(input, hx, lengths, resets)
+            return run_nested(self, input, hx, lengths, resets, return_cells)
         if input.dim() not in (2, 3):
             raise ValueError(f"{self._kind}: Expected input to be 2D or 3D, got {input.dim()}D{self._suffix} instead")
         batched, batch_dim = input.dim() == 3, 0 if self.batch_first else 1
@@ -119,52 +122,32 @@ class _Recurrent(DirectCalls, Regularised):
         if not batched:
             resets = checked_resets(resets, input, False)
             resets = None if resets is None else resets.unsqueeze(batch_dim)
-        output, states = self._run_stack(x, hx, self.batch_first, lengths, resets, reset_to_initial)
+        sequences, states = self._run_stack(x, hx, self.batch_first, lengths, resets, reset_to_initial, return_cells)
         if batched:
-            return output, states
-        return output.squeeze(batch_dim), tuple(state.squeeze(1) for state in states)
-
-    def _run_nested(self, nested: Tensor, hx: Any, lengths: Lengths, resets: Tensor | None) -> tuple[Tensor, States]:
-        x, own = padded(self._kind, nested, lengths=lengths, resets=resets)
-        output, states = self._run_checked(x if self.batch_first else x.transpose(0, 1), hx, own, None, False)
-        assert isinstance(output, Tensor)
-        return like(nested, output if self.batch_first else output.transpose(0, 1)), states
-
-    def _run_packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, States]:
-        """Runs in the packed order, so that only the caller's states change places."""
-        data, batch_sizes, order, back = packed
-        self.check_input(data, batch_sizes)
-        if hx is not None and order is not None:
-            hx = tuple(hx[n].index_select(1, order) for n in range(len(self._names)))
-        in_order = PackedSequence(data, batch_sizes, None, None)
-        input, lengths = pad_packed_sequence(in_order)
-        if hx is None:
-            hx = self._zero_states(input, input.shape[1])
-        else:
-            self._check_state_shape(hx, data, batch_sizes)
-        output, states = self._run_stack(input, hx, False, lengths, None, False)
-        output_data = pack_padded_sequence(output, lengths).data
-        if back is not None:
-            states = tuple(state.index_select(1, back) for state in states)
-        return PackedSequence(output_data, batch_sizes, order, back), states
+            return sequences, states
+        return [s.squeeze(batch_dim) for s in sequences], tuple(state.squeeze(1) for state in states)
 
     def _run_stack(
-        self, input: Tensor, hx: Any, batch_first: bool, lengths: Lengths, resets: Tensor | None, reset_to_initial: bool
-    ) -> tuple[Tensor, States]:
+        self, input: Tensor, hx: Any, batch_first: bool, lengths: Lengths, resets: Tensor | None,
+        reset_to_initial: bool, return_cells: bool,
+    ) -> tuple[list[Tensor], States]:  # fmt: skip
         if len(hx) != len(self._names):  # only an LSTM's can differ
             raise RuntimeError("lstm expects two hidden states")
         h0, c0 = hx if len(hx) == 2 else (hx[0], None)
-        output, h_n, c_n = self._stack(input, h0, c0, batch_first, lengths, resets, reset_to_initial)
-        return output, (h_n,) if c_n is None else (h_n, c_n)
+        output, h_n, c_n, cells = self._stack(
+            input, h0, c0, batch_first, lengths, resets, reset_to_initial, return_cells
+        )
+        return [output] if cells is None else [output, cells], (h_n,) if c_n is None else (h_n, c_n)
 
     def _stack(
         self, input: Tensor, h0: Tensor, c0: Tensor | None, batch_first: bool, lengths: Lengths, resets: Tensor | None,
-        reset_to_initial: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        reset_to_initial: bool, return_cells: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
         return run_stack(
             self.mode, input, h0, c0, weights, self.bias, self.num_layers, self.dropout, self.training,
-            self.bidirectional, batch_first, lengths, resets, reset_to_initial, self.recompute, self._regularisation(),
+            self.bidirectional, batch_first, lengths, resets, reset_to_initial, self.recompute, return_cells,
+            self._regularisation(),
         )  # fmt: skip
 
     def _check_state_rank(self, hx: Any, rank: int) -> None:
@@ -192,7 +175,7 @@ class _Recurrent(DirectCalls, Regularised):
 
 
 class LSTM(_Recurrent):
-    """A stack of LSTM layers: `torch.nn.LSTM`, plus `lengths` and `resets`.
+    """A stack of LSTM layers: `torch.nn.LSTM`, plus `lengths`, `resets` and `return_cells`.
 
     Constructor arguments, parameters, `state_dict`, repr and errors are those of `torch.nn.LSTM`
     (input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0,
@@ -214,7 +197,11 @@ class LSTM(_Recurrent):
         lengths: Lengths = None,
         resets: Tensor | None = None,
         reset_to_initial: bool = False,
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        return_cells: bool = False,
+    ) -> (
+        tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]
+        | tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], Tensor | PackedSequence]
+    ):
         """Runs the stack.
 
         Args:
@@ -227,15 +214,18 @@ class LSTM(_Recurrent):
             resets: bool [T, B], [B, T] with batch_first, [T] unbatched, on the input's device: True where an
                 episode begins, which starts from zeros; `functional.lstm` says more. Not with a PackedSequence.
             reset_to_initial: episodes start from hx instead.
+            return_cells: return c_t of the last layer at every step too. Not with recompute.
 
         Returns:
-            output (packed or nested if the input was) with K * R features, and (h_n, c_n) shaped as hx.
+            output (packed or nested if the input was) with K * R features, and (h_n, c_n) shaped as hx; with
+            return_cells also cells: c_t laid out as output is, with K * H features, in its dtype, differentiable, and
+            zero behind a row's length.
 
         Raises:
             RuntimeError, ValueError, TypeError: as torch.nn.LSTM, or naming the argument.
         """
         results: tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]] = self._run(
-            input, hx, lengths, resets, reset_to_initial
+            input, hx, lengths, resets, reset_to_initial, return_cells
         )
         return results
 

@@ -47,10 +47,10 @@ def valid_steps(lengths: Tensor, steps: int) -> Tensor:
 
 
 def zero_invalid(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """x [T, B, I] with zeros at invalid steps, so that whatever stands there (NaN too) stays out."""
+    """x [..., T, B, I] with zeros at invalid steps, so that whatever stands there (NaN too) stays out."""
     if lengths is None:
         return x
-    return torch.where(valid_steps(lengths, x.shape[0])[..., None], x, 0)
+    return torch.where(valid_steps(lengths, x.shape[-3])[..., None], x, 0)
 
 
 class Resets(NamedTuple):

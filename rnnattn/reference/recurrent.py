@@ -131,6 +131,7 @@ def recurrent_layer_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
+    dcells: Tensor | None,
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
@@ -148,7 +149,8 @@ def recurrent_layer_backward(
     """Gradients of `recurrent_layer_forward` by the explicit equations.
 
     Args:
-        dy, dh_n, dc_n: cotangents of y, h_n and c_n, or None for zero.
+        dy, dh_n, dc_n, dcells: cotangents of y, h_n, c_n and cells, or None for zero. dcells is not read at invalid
+            steps: what is carried on there is no result of the layer.
         y, gates, cells: what the forward returned; the rest as given to it.
 
     Returns:
@@ -158,6 +160,7 @@ def recurrent_layer_backward(
     reverses, cell = DIRECTIONS[direction], CELLS[mode]
     K, R = len(reverses), h0.shape[-1]
     acc = accumulation_dtype(x.dtype)
+    dcells = None if dcells is None else zero_invalid(dcells, lengths).to(acc)
     dx = torch.zeros(x.shape, dtype=acc, device=x.device)
     dh0, dc0 = torch.empty_like(h0), x.new_empty(0) if c0 is None else torch.empty_like(c0)
     dweights: list[Tensor] = []
@@ -175,8 +178,9 @@ def recurrent_layer_backward(
             h_prev = torch.where(reset.before, reset.h, h_prev)
         dh = torch.zeros_like(h0[k], dtype=acc) if dh_n is None else dh_n[k].to(acc)
         da, db, dh_out, dh, dc = _scan_backward(
-            cell, dy_k, dh, dc, c0_k, w, lengths, reset, y_k, h_prev, gates_k, cells_k, reverses[k]
-        )
+            cell, dy_k, dh, dc, None if dcells is None else dcells[k], c0_k, w, lengths, reset, y_k, h_prev, gates_k,
+            cells_k, reverses[k],
+        )  # fmt: skip
         dh0[k] = dh
         if dc is not None:
             dc0[k] = dc
@@ -190,6 +194,7 @@ def _scan_backward(
     dy: Tensor | None,
     dh: Tensor,
     dc: Tensor | None,
+    dcells: Tensor | None,
     c0: Tensor | None,
     w: LayerWeights,
     lengths: Tensor | None,
@@ -218,6 +223,8 @@ def _scan_backward(
             None if cells is None else cells[t], c_prev,
         )  # fmt: skip
         dh_t = dh if dy is None else dh + dy[t].to(acc)
+        if dc is not None and dcells is not None:
+            dc = dc + dcells[t]
         da_t, db_t, around, dc_prev = cell.backward(dh_t if w_hr is None else dh_t @ w_hr, dc, step)
         dh_prev = db_t @ w_hh
         if around is not None:
