@@ -37,7 +37,7 @@ def test_on_aarch64(tmp_path: Path) -> None:
         "run" if emulator else "build",
         f"OUT={tmp_path}",
     ]
-    command += [f"CXX={COMPILER}", "LDFLAGS=-static", "FLAGS=-Werror", f"RUN={emulator or ''}"]
+    command += [f"CXX={COMPILER}", "LDFLAGS=-static", "FLAGS=-Werror -O1", f"RUN={emulator or ''}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
     if emulator is None:

@@ -26,7 +26,7 @@ def test_case_ids_are_unique() -> None:
     assert len({case.id for case in REGULARISED_CASES}) == len(REGULARISED_CASES)
 
 
-@pytest.mark.parametrize("name, case, dtype", runs(REGULARISED_CASES))
+@pytest.mark.parametrize("name, case, dtype", runs(REGULARISED_CASES, names=("cpp", "triton", "cuda")))
 def test_scan(name: str, case: RegularisedCase, dtype: torch.dtype) -> None:
     t = moved(case.tensors(dtype), device_of(name))
     got = case.run(t, name)
@@ -260,6 +260,20 @@ def test_autocast_to_16_bits() -> None:
     assert {t.dtype for t in (y, h_n, c_n)} == {torch.bfloat16}
     y.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == F32 for p in m.parameters())
+
+
+@pytest.mark.parametrize("backend", backend_parameters("reference", "cpp"))
+def test_the_cell_states_of_every_step(backend: str) -> None:
+    m = module("LSTM", zoneout=(0.2, 0.3), layer_norm=True, num_layers=2, bidirectional=True).eval()
+    x, lengths = sequence().requires_grad_(), [6, 0, 3]
+    with rnnattn.use_backend(backend):
+        y, (_, c_n), cells = m(x, lengths=lengths, return_cells=True)
+        close(y, m(x, lengths=lengths)[0])
+        forward, backward = cells.chunk(2, -1)
+        close(torch.stack([forward[5, 0], torch.zeros(H, dtype=F64), forward[2, 2]]), c_n[2])
+        close(torch.stack([backward[0, 0], torch.zeros(H, dtype=F64), backward[0, 2]]), c_n[3])
+        assert not cells[3:, 2].any()
+        torch.autograd.gradcheck(lambda x: m(x, lengths=lengths, return_cells=True)[2], x)
 
 
 @kinds
