@@ -19,6 +19,7 @@ import torch
 from cases import BF16, F16, F32, F64, SHORT, Case, strided, truth
 from pool_cases import POOL_CASES, PoolCase
 from recurrent_cases import LSTM_CASES, MODES, RECURRENT_CASES, RecurrentCase
+from regularised_cases import REGULARISED_CASES, RegularisedCase
 from tolerances import assert_close
 from torch import Tensor
 
@@ -36,6 +37,7 @@ DTYPES = (F32, BF16, F16)
 EXTRA_CASES: list[Case] = [
     RecurrentCase(5, 3, 4, 260, "H above one block of units", lengths=(3, 1, 0, 2, 3)),
     RecurrentCase(5, 3, 4, 260, "H above one block of units", mode="GRU", lengths=(3, 1, 0, 2, 3)),
+    RegularisedCase(2, 2, 520, "H above one block of units", norm=True, zoneout="drawn", dropout=True, lengths=(1, 2)),
     PoolCase(2, 300, 24, 0, "time split into parts of several tiles", lengths=(300, 70)),
     PoolCase(2, 100, 8, 20, "time split, additive, a part without a kept step", lengths=(33, 100)),
     PoolCase(2, 34, 1032, 0, "D above one block of fp32 vectors", mask="holes"),
@@ -132,10 +134,12 @@ def emulated(library: Any, monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
 def parameters() -> Iterator[Any]:
     """fp16 differs from bf16 in its conversions alone: one case of each operation shows those. GRU's and RNN's cases,
-    which are an LSTM's too, take fp32 and bf16 by turns."""
-    cases: list[Case] = [*RECURRENT_CASES, *POOL_CASES, *EXTRA_CASES]
+    which are an LSTM's too, take fp32 and bf16 by turns; the regularised ones fp32, and bf16 where all is on at once."""
+    cases: list[Case] = [*RECURRENT_CASES, *REGULARISED_CASES, *POOL_CASES, *EXTRA_CASES]
     for n, case in enumerate(cases):
-        dtypes = DTYPES if case in (LSTM_CASES[0], *POOL_CASES[:2]) else (F32, BF16)
+        dtypes = DTYPES if case in (LSTM_CASES[0], REGULARISED_CASES[0], *POOL_CASES[:2]) else (F32, BF16)
+        if isinstance(case, RegularisedCase) and case != REGULARISED_CASES[0] and case.reason != "all at once":
+            dtypes = (F32,)
         dtypes = tuple(dtype for dtype in dtypes if case.offered("cuda", dtype))
         if isinstance(case, RecurrentCase) and case.mode != "LSTM":
             dtypes = dtypes[n % len(dtypes) :][:1]
