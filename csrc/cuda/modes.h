@@ -1,8 +1,9 @@
 // The mode of a recurrent operator as a number, and the cell that it names.
 #pragma once
 
-#include "cell_math.cuh"
 #include "launch.h"
+//
+#include "cell_math.cuh"
 
 namespace rnnattn::cuda {
 
