@@ -20,14 +20,16 @@ void with_cell(const char* operation, int64_t mode, F f) {
   } else if (mode == 2) {
     f(Rnn<false>{});
   } else {
-    STD_TORCH_CHECK(mode == 3, "rnnattn ", operation, ": mode: expected 0 to 3 (LSTM, GRU, RNN_TANH, RNN_RELU), got ", mode);
+    STD_TORCH_CHECK(mode == 3, "rnnattn ", operation,
+                    ": mode: expected 0 to 3 (LSTM, GRU, RNN_TANH, RNN_RELU), got ", mode);
     f(Rnn<true>{});
   }
 }
 
 // What a cell reads or writes must be there.
 inline void require(const char* operation, int64_t mode, const char* argument, bool needed, const OptionalTensor& a) {
-  STD_TORCH_CHECK(!needed || a, "rnnattn ", operation, ": ", argument, ": expected a tensor for ", kModes[mode], ", got None");
+  STD_TORCH_CHECK(!needed || a, "rnnattn ", operation, ": ", argument, ": expected a tensor for ", kModes[mode],
+                  ", got None");
 }
 
 }  // namespace rnnattn::cuda

@@ -1,9 +1,9 @@
 // Parameters of what lies between the hidden products of two steps of a regularised recurrent layer. All memory is the
 // caller's, on one device.
 //
-// B batch, H hidden size, G gates of H columns in a row of pre-activations, S saved blocks of H (cell_math.cuh; RNN: one,
-// h'). Scalar is float, __half or __nv_bfloat16. Row b is valid at step t where t < lengths[b]. What there is not has a
-// null pointer.
+// B batch, H hidden size, G gates of H columns in a row of pre-activations, S saved blocks of H (cell_math.cuh; of RNN
+// one, h'). Scalar is float, __half or __nv_bfloat16. Row b is valid at step t where t < lengths[b]. What there is not
+// has a null pointer.
 #pragma once
 
 #include "rows.h"
@@ -29,21 +29,21 @@ struct RegularisedForward {
   int64_t B;
   int64_t H;
   Regularisation by;
-  const float* b_hh;         // [GH], or null
-  const bool* resets_next;   // [B], or null: rows where the step after starts from other states
-  Rows<const float> a;       // [B, GH] the input product and b_ih; not read in invalid rows
-  Rows<const float> product; // [B, GH] W_hh (m * h_{t-1})
-  Rows<const float> h_reset; // [B, H] the other states; zeros if absent
-  Rows<const float> c_reset; // [B, H] LSTM
-  Rows<float> h;             // [B, H] in: h_{t-1}; out: what the step after starts from
-  Rows<float> c;             // [B, H] likewise; LSTM
-  Rows<Scalar> operand;      // [B, H] out, m * h for the next product: this,
-  Rows<float> operand_fp32;  // [B, H] or this
-  Rows<Scalar> y;            // [B, H] out, h_t; zero in invalid rows, as all that follows
-  Rows<float> cells;         // [B, H] out, c_t; LSTM
-  Rows<Scalar> gates;        // [B, SH] out; may be absent
-  Rows<Scalar> hidden;       // [B, GH] out, the normalised product; may be absent
-  float* rstd;               // [B] out, one over the product's standard deviation; may be null
+  const float* b_hh;          // [GH], or null
+  const bool* resets_next;    // [B], or null: rows where the step after starts from other states
+  Rows<const float> a;        // [B, GH] the input product and b_ih; not read in invalid rows
+  Rows<const float> product;  // [B, GH] W_hh (m * h_{t-1})
+  Rows<const float> h_reset;  // [B, H] the other states; zeros if absent
+  Rows<const float> c_reset;  // [B, H] LSTM
+  Rows<float> h;              // [B, H] in: h_{t-1}; out: what the step after starts from
+  Rows<float> c;              // [B, H] likewise; LSTM
+  Rows<Scalar> operand;       // [B, H] out, m * h for the next product: this,
+  Rows<float> operand_fp32;   // [B, H] or this
+  Rows<Scalar> y;             // [B, H] out, h_t; zero in invalid rows, as all that follows
+  Rows<float> cells;          // [B, H] out, c_t; LSTM
+  Rows<Scalar> gates;         // [B, SH] out; may be absent
+  Rows<Scalar> hidden;        // [B, GH] out, the normalised product; may be absent
+  float* rstd;                // [B] out, one over the product's standard deviation; may be null
 };
 
 template <typename Scalar>

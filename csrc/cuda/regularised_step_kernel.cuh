@@ -1,7 +1,8 @@
-// One step of a regularised recurrent layer, between two hidden products. A block has a row, for the norms need all of it.
+// One step of a regularised recurrent layer, between two hidden products.
 //
-// Equations: rnnattn/reference/regularised.py. Thread n has the units n, n + blockDim.x and so on of the row, however
-// long it is. What it writes there it reads back without a barrier: outputs hold what a later pass over the row needs.
+// Equations: rnnattn/reference/regularised.py. A block has a row, for the norms need all of it; thread n has its units
+// n, n + blockDim.x and so on, however many there are. What a thread writes there it reads back without a barrier:
+// outputs hold what a later pass over the row needs.
 #pragma once
 
 #include "cell_math.cuh"
@@ -10,7 +11,7 @@
 
 namespace rnnattn::cuda {
 
-constexpr int kRowThreads = 512;         // at most; whole warps
+constexpr int kRowThreads = 512;       // at most; whole warps
 constexpr float kNormEpsilon = 1e-5f;  // the reference's NORM_EPS
 
 template <typename Cell>
@@ -92,7 +93,9 @@ __device__ inline float blend(float k, float before, float fresh) {
   return k == 0.0f ? fresh : k == 1.0f ? before : k * before + (1.0f - k) * fresh;
 }
 
-__device__ inline bool is_valid(const Regularisation& by, int64_t b) { return by.lengths == nullptr || by.t < by.lengths[b]; }
+__device__ inline bool is_valid(const Regularisation& by, int64_t b) {
+  return by.lengths == nullptr || by.t < by.lengths[b];
+}
 
 // Grid (x: rows).
 template <typename Cell, typename Scalar>
@@ -102,8 +105,10 @@ __global__ void __launch_bounds__(kRowThreads) regularised_forward_kernel(const 
   const Regularisation& by = p.by;
   const float *a = row_of(p.a, b), *product = row_of(p.product, b), *h_mask = row_of(by.h_mask, b);
   const float *h_reset = row_of(p.h_reset, b), *c_reset = row_of(p.c_reset, b);
-  float *h = row_of(p.h, b), *c = row_of(p.c, b), *cells = row_of(p.cells, b), *operand_fp32 = row_of(p.operand_fp32, b);
-  Scalar *operand = row_of(p.operand, b), *y = row_of(p.y, b), *gates = row_of(p.gates, b), *hidden = row_of(p.hidden, b);
+  float *h = row_of(p.h, b), *c = row_of(p.c, b), *cells = row_of(p.cells, b);
+  float* operand_fp32 = row_of(p.operand_fp32, b);
+  Scalar *operand = row_of(p.operand, b), *y = row_of(p.y, b);
+  Scalar *gates = row_of(p.gates, b), *hidden = row_of(p.hidden, b);
   const bool restarts = p.resets_next != nullptr && p.resets_next[b];
 
   const auto leave = [&](int64_t j, States here, States next) {
@@ -174,7 +179,7 @@ __global__ void __launch_bounds__(kRowThreads) regularised_forward_kernel(const 
   for_own(H, [&](int64_t j) { finish(j, step(j)); });
 }
 
-// Leaves of the gradient d of a state that left a row's step nothing where the step after was reset; d_reset gathers it.
+// What the step after took of the gradient d of a state: nothing where it was reset; d_reset gathers it then.
 __device__ inline float taken_by_next(float d, bool cut, float* d_reset, int64_t j) {
   if (!cut) return d;
   if (d_reset != nullptr) d_reset[j] += d;
@@ -248,13 +253,11 @@ __global__ void __launch_bounds__(kRowThreads) regularised_backward_kernel(const
     const Gates s = saved(j);
     const float keep = k_h(j), dh_t = dh_here(j);
     States before, here, d{(1.0f - keep) * dh_t, 0.0f};
-    float dc_before = 0.0f;
     StepGradient out;
     if constexpr (Cell::kHasC) {
       const float k_c = share_kept(row_of(by.keep_c, b), j, by.zoneout_c);
       const float dc_t = dc[j] + value_at(row_of(p.dcells, b), j);
       d.c = (1.0f - k_c) * dc_t;
-      dc_before = k_c * dc_t;
       before.c = before_c(j);
       here.c = fresh_c(j);
       if (normed) {
@@ -263,7 +266,7 @@ __global__ void __launch_bounds__(kRowThreads) regularised_backward_kernel(const
       } else {
         out = Cell::backward(s, before, here, d);
       }
-      dc[j] = dc_before + out.previous.c;
+      dc[j] = k_c * dc_t + out.previous.c;
     } else {
       if constexpr (!Cell::kShared) before.h = value_at(row_of(p.h_prev, b), j);
       here.h = s.at[0];

@@ -128,9 +128,7 @@ def scan_backward(
     (T, B, H), acc, cell = h_prev.shape, rstd.dtype, CELLS[mode]
     new = rstd.new_zeros
     norm_hh, norm_c, bias_c = _full(acc, norm_hh, norm_c, bias_c)
-    h_mask, keep_h, keep_c, lengths, dy, dcells, c_prev = _dense(
-        h_mask, keep_h, keep_c, lengths, dy, dcells, c_prev
-    )
+    h_mask, keep_h, keep_c, lengths, dy, dcells, c_prev = _dense(h_mask, keep_h, keep_c, lengths, dy, dcells, c_prev)
     h_prev = h_prev.contiguous()
     dh = new(B, H) if dh_n is None else _copy(dh_n, acc)
     dc = None if c0 is None else new(B, H) if dc_n is None else _copy(dc_n, acc)
