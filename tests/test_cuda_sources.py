@@ -1,6 +1,6 @@
 """The CUDA sources on a machine without a GPU: they compile, do not spill, and compute the right numbers.
 
-The numbers come from an emulation (tests/cuda_emulation): the same sources, launchers and checks
+The numbers come from an emulation (tests/cuda_emulation, fixture `emulated`): the same sources, launchers and checks
 included, compiled for the CPU with every CUDA thread a fiber. It proves arithmetic, indexing and
 barriers; memory ordering, tensor core rounding and speed need a GPU.
 """
@@ -17,20 +17,17 @@ from typing import Any
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, SHORT, Case, strided, truth
+from emulated_cuda import SOURCES, TORCH
 from pool_cases import POOL_CASES, PoolCase
 from recurrent_cases import LSTM_CASES, MODES, RECURRENT_CASES, RecurrentCase
 from regularised_cases import REGULARISED_CASES, RegularisedCase
 from tolerances import assert_close
 from torch import Tensor
 
-from rnnattn import backends, reference
+from rnnattn import reference
 from rnnattn.backends import cuda, pool_gemms
-from rnnattn.backends.base import Call
 from rnnattn.backends.cuda import Cuda, runs_on
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ROOT / "csrc" / "cuda"
-TORCH = Path(torch.__file__).parent
 ARCHITECTURES = (80, 90)
 DTYPES = (F32, BF16, F16)
 
@@ -88,48 +85,6 @@ def test_device_code_knows_no_torch(path: Path) -> None:
         assert [name for name in foreign if not re.match(r"torch/csrc/(stable|inductor/aoti_torch/c)/", name)] == []
     else:
         assert foreign == []
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The sources as CPU operators."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is not on the PATH")
-    build = tmp_path_factory.mktemp("cuda_emulation")
-    for header in ("cuda_bf16.h", "cuda_fp16.h", "mma.h"):
-        (build / header).write_text('#include "emulation.h"\n')
-    emulation = Path(__file__).parent / "cuda_emulation"
-    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
-    command += ["-Wno-unknown-pragmas", "-Wno-clobbered"]  # unroll; getcontext() could return twice, and does not
-    command += [f"-I{build}", f"-I{emulation}", f"-I{SOURCES}", "-isystem", str(TORCH / "include")]
-    library = build / "emulation.so"
-    command += [str(emulation / "emulation.cpp"), f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    torch.ops.load_library(library)
-    return torch.ops.rnnattn_cuda_emulation
-
-
-class Emulated(Cuda):
-    ops: Any = None
-
-    def __init__(self, library: Any) -> None:
-        self.ops = library
-
-    def unavailable(self) -> None:
-        return None
-
-    def unsupported(self, call: Call) -> None:
-        return None
-
-
-@pytest.fixture
-def emulated(library: Any, monkeypatch: pytest.MonkeyPatch) -> Cuda:
-    """Backend "cuda" runs the emulation."""
-    backend = Emulated(library)
-    monkeypatch.setitem(backends.BACKENDS, "cuda", backend)
-    return backend
 
 
 def parameters() -> Iterator[Any]:
@@ -199,74 +154,6 @@ def test_step_with_strided_rows(dtype: torch.dtype, mode: str, library: Any) -> 
     same([*both_ways, *gathered, *out], copies)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
-def test_regularised_step_with_strided_rows(dtype: torch.dtype, mode: str, library: Any) -> None:
-    """Rows apart from each other give what dense rows give; the operand may be of the states' dtype, as on a GPU."""
-    B, H, cell, number = 3, 8, reference.CELLS[mode], cuda.MODES.index(mode)
-    G, S, lstm = cell.blocks * H, max(cell.saved, 1) * H, cell.has_c
-    draw = torch.Generator().manual_seed(0)
-
-    def apart(width: int, of: torch.dtype = F32) -> Tensor:
-        return torch.randn(B, width + 3, generator=draw).to(of)[:, 1:-2]
-
-    def mask() -> Tensor:
-        return apart(H) > 0
-
-    def run(operator: Any, before: list[Any], outputs: list[Any], after: list[Any]) -> None:
-        """outputs: in and out; copies of them start with the same numbers."""
-        dense = [[a.contiguous() if isinstance(a, Tensor) else a for a in part] for part in (before, outputs, after)]
-        operator(number, *before, *outputs, *after)
-        operator(number, *(a for part in dense for a in part))
-        for strided_output, dense_output in zip((*outputs, *after), (*dense[1], *dense[2]), strict=True):
-            if isinstance(strided_output, Tensor):
-                torch.testing.assert_close(strided_output, dense_output, rtol=0, atol=0)
-
-    norm_hh, norm_c, bias_c, b_hh = (torch.randn(n, generator=draw) for n in (G, H, H, G))
-    given = [
-        norm_hh,
-        *((norm_c, bias_c) if lstm else (None, None)),
-        apart(H),
-        mask(),
-        mask() if lstm else None,
-        0.0,
-        0.0,
-    ]
-    given += [torch.tensor([2, 1, 5]), 1]
-    resets, rstd = torch.tensor([True, False, False]), torch.rand(B, generator=draw)
-    h_prev, c_prev = apart(H, dtype), apart(H) if lstm else None
-    gates, hidden = apart(S, dtype), apart(G, dtype)
-    reset = [apart(H), apart(H) if lstm else None]
-    states = [apart(H), apart(H) if lstm else None, apart(H, dtype), apart(H, dtype), apart(H) if lstm else None]
-    run(
-        library.regularised_forward,
-        [apart(G), apart(G), b_hh, *given, resets, *reset],
-        [*states, gates, hidden, rstd],
-        [],
-    )
-    expected = torch.where(resets[:, None], reset[0], states[0])
-    torch.testing.assert_close(states[0], expected, rtol=0, atol=0)
-    torch.testing.assert_close(states[2], (states[0] * given[3]).to(dtype), rtol=0, atol=0)
-
-    d = [apart(H, dtype), apart(H) if lstm else None, apart(H)]
-    out = [apart(H), apart(H) if lstm else None]
-    gathered = [apart(H) if on else None for on in (True, lstm, lstm, lstm)]
-    results = [apart(G), None if cell.shared else apart(G), apart(G)]
-    saved = [h_prev, c_prev, gates, hidden, rstd]
-    run(library.regularised_backward, d, out, [*saved, *given, resets, *gathered, *results])
-
-
-ALL_AT_ONCE = [case for case in REGULARISED_CASES if case.reason == "all at once" and case.offered("cuda", BF16)]
-
-
-@pytest.mark.parametrize("case", ALL_AT_ONCE, ids=lambda case: case.id)
-def test_norms_may_stay_in_fp32(case: RegularisedCase, emulated: Cuda) -> None:
-    """As autocast leaves them."""
-    t = case.tensors(BF16)
-    t |= {name: t[name].float() for name in ("norm_hh", "norm_c", "bias_c") if t[name] is not None}
-    assert_close(case.run(t, "cuda"), truth(case, BF16), case.op, BF16)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 @pytest.mark.parametrize("A", [0, 6])
 def test_pool_of_rows_that_no_vector_fits(A: int, dtype: torch.dtype, emulated: Cuda) -> None:
@@ -326,40 +213,6 @@ def test_bad_arguments_are_named(library: Any) -> None:
         forward(resets=torch.tensor([1, 1]))
     with pytest.raises(RuntimeError, match=r"mode: expected 0 to 3 \(LSTM, GRU, RNN_TANH, RNN_RELU\), got 4"):
         library.step_forward(4, a, a, none, c, c, none, 0, none, none, none, none, a, c, c, none)
-
-
-def test_bad_arguments_of_a_regularised_step_are_named(library: Any) -> None:
-    a, c, none = torch.zeros(2, 8), torch.zeros(2, 2), None
-    by = {"norm_hh": torch.ones(8), "norm_c": none, "bias_c": none, "h_mask": none, "keep_h": none, "keep_c": none,
-          "zoneout_h": 0.0, "zoneout_c": 0.0, "lengths": none, "t": 0}  # fmt: skip
-
-    def forward(mode: str = "LSTM", **changed: Any) -> None:
-        given = {"a": a, "product": a, "b_hh": none, "resets_next": none, "h_reset": none, "c_reset": none,
-                 "h": c.clone(), "c": c.clone(), "operand": c.clone(), "y": c.clone(), "cells": c.clone(),
-                 "gates": none, "hidden": none, "rstd": none}  # fmt: skip
-        library.regularised_forward(cuda.MODES.index(mode), **(given | by | changed))
-
-    def backward(mode: str = "LSTM", **changed: Any) -> None:
-        given = {"dy": c, "dcells": none, "product": none, "dh": c.clone(), "dc": c.clone(), "h_prev": c, "c_prev": c,
-                 "gates": a, "hidden": a, "rstd": c[:, 0].clone(), "resets_after": none, "dh_reset": none,
-                 "dc_reset": none, "d_norm_c": none, "d_bias_c": none, "da": a.clone(), "db": none,
-                 "d_hidden": a.clone()}  # fmt: skip
-        library.regularised_backward(cuda.MODES.index(mode), **(given | by | changed))
-
-    forward(), backward()
-    with pytest.raises(RuntimeError, match=r"regularised_forward: product: expected shape \[2, 8\], got \[2, 7\]"):
-        forward(product=a[:, 1:])
-    with pytest.raises(RuntimeError, match="norm_hh: expected dtype Float, got BFloat16"):
-        forward(norm_hh=torch.ones(8, dtype=BF16))
-    with pytest.raises(RuntimeError, match="keep_h: expected dtype Bool, got Float"):
-        backward(keep_h=c)
-    with pytest.raises(RuntimeError, match="cells: expected a tensor for LSTM, got None"):
-        forward(cells=none)
-    with pytest.raises(RuntimeError, match="db: expected a tensor for GRU, got None"):
-        small = a[:, :6].clone()
-        backward("GRU", da=small, d_hidden=small, hidden=small, norm_hh=torch.ones(6))
-    with pytest.raises(RuntimeError, match="norm_hh: expected hidden, rstd and d_hidden with it, got None"):
-        backward(hidden=none)
 
 
 def test_architectures() -> None:

@@ -13,8 +13,9 @@ inline constexpr const char* kCudaSchemas[] = {
     "Tensor? c_reset, Tensor(c!)? dh_reset, Tensor(d!)? dc_reset, Tensor(e!) da, Tensor(f!)? db) -> ()",
     "regularised_forward(int mode, Tensor a, Tensor product, Tensor? b_hh, Tensor? norm_hh, Tensor? norm_c, "
     "Tensor? bias_c, Tensor? h_mask, Tensor? keep_h, Tensor? keep_c, float zoneout_h, float zoneout_c, "
-    "Tensor? lengths, int t, Tensor? resets_next, Tensor? h_reset, Tensor? c_reset, Tensor(a!) h, Tensor(b!)? c, Tensor(c!) operand, "
-    "Tensor(d!) y, Tensor(e!)? cells, Tensor(f!)? gates, Tensor(g!)? hidden, Tensor(h!)? rstd) -> ()",
+    "Tensor? lengths, int t, Tensor? resets_next, Tensor? h_reset, Tensor? c_reset, Tensor(a!) h, Tensor(b!)? c, "
+    "Tensor(c!) operand, Tensor(d!) y, Tensor(e!)? cells, Tensor(f!)? gates, Tensor(g!)? hidden, "
+    "Tensor(h!)? rstd) -> ()",
     "regularised_backward(int mode, Tensor? dy, Tensor? dcells, Tensor? product, Tensor(a!) dh, Tensor(b!)? dc, "
     "Tensor h_prev, Tensor? c_prev, Tensor gates, Tensor? hidden, Tensor? rstd, Tensor? norm_hh, Tensor? norm_c, "
     "Tensor? bias_c, Tensor? h_mask, Tensor? keep_h, Tensor? keep_c, float zoneout_h, float zoneout_c, "
