@@ -1,6 +1,6 @@
 """The CUDA sources on a machine without a GPU: they compile, do not spill, and compute the right numbers.
 
-The numbers come from an emulation (tests/cuda_emulation): the same sources, launchers and checks
+The numbers come from an emulation (tests/cuda_emulation, fixture `emulated`): the same sources, launchers and checks
 included, compiled for the CPU with every CUDA thread a fiber. It proves arithmetic, indexing and
 barriers; memory ordering, tensor core rounding and speed need a GPU.
 """
@@ -17,25 +17,24 @@ from typing import Any
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, SHORT, Case, strided, truth
+from emulated_cuda import SOURCES, TORCH
 from pool_cases import POOL_CASES, PoolCase
 from recurrent_cases import LSTM_CASES, MODES, RECURRENT_CASES, RecurrentCase
+from regularised_cases import REGULARISED_CASES, RegularisedCase
 from tolerances import assert_close
 from torch import Tensor
 
-from rnnattn import backends, reference
+from rnnattn import reference
 from rnnattn.backends import cuda, pool_gemms
-from rnnattn.backends.base import Call
 from rnnattn.backends.cuda import Cuda, runs_on
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ROOT / "csrc" / "cuda"
-TORCH = Path(torch.__file__).parent
 ARCHITECTURES = (80, 90)
 DTYPES = (F32, BF16, F16)
 
 EXTRA_CASES: list[Case] = [
     RecurrentCase(5, 3, 4, 260, "H above one block of units", lengths=(3, 1, 0, 2, 3)),
     RecurrentCase(5, 3, 4, 260, "H above one block of units", mode="GRU", lengths=(3, 1, 0, 2, 3)),
+    RegularisedCase(2, 2, 520, "H above one block of units", norm=True, zoneout="drawn", dropout=True, lengths=(1, 2)),
     PoolCase(2, 300, 24, 0, "time split into parts of several tiles", lengths=(300, 70)),
     PoolCase(2, 100, 8, 20, "time split, additive, a part without a kept step", lengths=(33, 100)),
     PoolCase(2, 34, 1032, 0, "D above one block of fp32 vectors", mask="holes"),
@@ -88,54 +87,14 @@ def test_device_code_knows_no_torch(path: Path) -> None:
         assert foreign == []
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The sources as CPU operators."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is not on the PATH")
-    build = tmp_path_factory.mktemp("cuda_emulation")
-    for header in ("cuda_bf16.h", "cuda_fp16.h", "mma.h"):
-        (build / header).write_text('#include "emulation.h"\n')
-    emulation = Path(__file__).parent / "cuda_emulation"
-    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
-    command += ["-Wno-unknown-pragmas", "-Wno-clobbered"]  # unroll; getcontext() could return twice, and does not
-    command += [f"-I{build}", f"-I{emulation}", f"-I{SOURCES}", "-isystem", str(TORCH / "include")]
-    library = build / "emulation.so"
-    command += [str(emulation / "emulation.cpp"), f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    torch.ops.load_library(library)
-    return torch.ops.rnnattn_cuda_emulation
-
-
-class Emulated(Cuda):
-    ops: Any = None
-
-    def __init__(self, library: Any) -> None:
-        self.ops = library
-
-    def unavailable(self) -> None:
-        return None
-
-    def unsupported(self, call: Call) -> None:
-        return None
-
-
-@pytest.fixture
-def emulated(library: Any, monkeypatch: pytest.MonkeyPatch) -> Cuda:
-    """Backend "cuda" runs the emulation."""
-    backend = Emulated(library)
-    monkeypatch.setitem(backends.BACKENDS, "cuda", backend)
-    return backend
-
-
 def parameters() -> Iterator[Any]:
     """fp16 differs from bf16 in its conversions alone: one case of each operation shows those. GRU's and RNN's cases,
-    which are an LSTM's too, take fp32 and bf16 by turns."""
-    cases: list[Case] = [*RECURRENT_CASES, *POOL_CASES, *EXTRA_CASES]
+    which are an LSTM's too, take fp32 and bf16 by turns; the regularised ones fp32, and bf16 where all is on."""
+    cases: list[Case] = [*RECURRENT_CASES, *REGULARISED_CASES, *POOL_CASES, *EXTRA_CASES]
     for n, case in enumerate(cases):
-        dtypes = DTYPES if case in (LSTM_CASES[0], *POOL_CASES[:2]) else (F32, BF16)
+        dtypes = DTYPES if case in (LSTM_CASES[0], REGULARISED_CASES[0], *POOL_CASES[:2]) else (F32, BF16)
+        if isinstance(case, RegularisedCase) and case != REGULARISED_CASES[0] and case.reason != "all at once":
+            dtypes = (F32,)
         dtypes = tuple(dtype for dtype in dtypes if case.offered("cuda", dtype))
         if isinstance(case, RecurrentCase) and case.mode != "LSTM":
             dtypes = dtypes[n % len(dtypes) :][:1]

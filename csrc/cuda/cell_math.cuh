@@ -41,11 +41,16 @@ struct Lstm {
 
   // here: h_t and c_t; d: their gradients.
   __host__ __device__ static StepGradient backward(const Gates& saved, States before, States here, States d) {
+    const float o = saved.at[3], tanh_c = tanhf(here.c);
+    return backward_of_gates(saved, before, tanh_c, {d.h, d.c + d.h * o * (1.0f - tanh_c * tanh_c)});
+  }
+
+  // h_t = o * tanh_c; d.c: all of the gradient of c_t, what comes by way of tanh_c too.
+  __host__ __device__ static StepGradient backward_of_gates(const Gates& saved, States before, float tanh_c, States d) {
     const auto& [i, f, g, o] = saved.at;
-    const float tanh_c = tanhf(here.c), dc = d.c + d.h * o * (1.0f - tanh_c * tanh_c);
-    return {{{dc * g * i * (1.0f - i), dc * before.c * f * (1.0f - f), dc * i * (1.0f - g * g), d.h * tanh_c * o * (1.0f - o)}},
+    return {{{d.c * g * i * (1.0f - i), d.c * before.c * f * (1.0f - f), d.c * i * (1.0f - g * g), d.h * tanh_c * o * (1.0f - o)}},
             {},
-            {0.0f, dc * f}};
+            {0.0f, d.c * f}};
   }
 };
 

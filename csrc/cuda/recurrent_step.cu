@@ -1,5 +1,5 @@
 // Launchers of recurrent_step_kernel.cuh: rnnattn_native::step_forward and step_backward.
-#include "launch.h"
+#include "modes.h"
 //
 #include "recurrent_step_kernel.cuh"
 
@@ -8,24 +8,6 @@ namespace {
 
 constexpr int kVector = 4;
 constexpr unsigned kThreads = 128;
-
-// The order of rnnattn/backends/cuda.py. Not by name: torch's stable interface does not free the strings it hands over.
-constexpr const char* kModes[] = {"LSTM", "GRU", "RNN_TANH", "RNN_RELU"};
-
-// Calls f with a value of the cell that a mode names.
-template <typename F>
-void with_cell(const char* operation, int64_t mode, F f) {
-  if (mode == 0) {
-    f(Lstm{});
-  } else if (mode == 1) {
-    f(Gru{});
-  } else if (mode == 2) {
-    f(Rnn<false>{});
-  } else {
-    STD_TORCH_CHECK(mode == 3, "rnnattn ", operation, ": mode: expected 0 to 3 (LSTM, GRU, RNN_TANH, RNN_RELU), got ", mode);
-    f(Rnn<true>{});
-  }
-}
 
 // Starts the kernel made for vectors where every row allows them, else the one for single units.
 template <typename Params>
@@ -40,11 +22,6 @@ void launch_step(void (*vector)(Params), void (*single)(Params), bool vectors, i
 template <typename... Matrix>
 bool vectors_fit(int64_t H, const Matrix&... a) {
   return H % kVector == 0 && (aligned(a, kVector * sizeof(*a.data)) && ...);
-}
-
-// What a cell reads or writes must be there.
-void require(const char* operation, int64_t mode, const char* argument, bool needed, const OptionalTensor& a) {
-  STD_TORCH_CHECK(!needed || a, "rnnattn ", operation, ": ", argument, ": expected a tensor for ", kModes[mode], ", got None");
 }
 
 void forward(int64_t mode, const Tensor gates_x, const Tensor gates_h, const OptionalTensor bias_q,

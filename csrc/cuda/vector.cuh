@@ -1,4 +1,4 @@
-// Vectors of N elements between memory and fp32 registers, and sums over a warp.
+// Vectors of N elements between memory and fp32 registers, and sums over a warp or a block.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -49,6 +49,25 @@ __device__ inline float warp_sum(float a) {
 __device__ inline float warp_max(float a) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) a = fmaxf(a, __shfl_xor_sync(kAllLanes, a, offset));
   return a;
+}
+
+// Every thread of the block, which is whole warps side by side, takes part and gets the results.
+template <int N>
+__device__ inline void block_sum(float (&a)[N]) {
+  __shared__ float parts[kWarp][N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) a[j] = warp_sum(a[j]);
+  __syncthreads();  // all have read the results of the sum before
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp][j] = a[j];
+    a[j] = 0.0f;
+  }
+  __syncthreads();
+  for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) a[j] += parts[warp][j];
+  }
 }
 
 // a . b over D elements (a multiple of N) by one warp.

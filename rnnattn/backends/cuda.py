@@ -5,19 +5,21 @@ The operators write into tensors that are made here (csrc/cuda/schemas.h lists t
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rnnattn.backends import pool_gemms, stepwise, stepwise_backward
+from rnnattn.backends import pool_gemms, regularised_steps, stepwise, stepwise_backward
 from rnnattn.backends.base import Backend, Call
 from rnnattn.backends.cpp import build_info, extension_error, native
+from rnnattn.backends.regularised import scan_gradients
 from rnnattn.reference.attention_pool import kept_steps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MODES = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")  # their numbers in csrc/cuda/recurrent_step.cu
+MODES = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")  # their numbers in csrc/cuda/modes.h
 TILE = 32  # steps that a block of a pooling kernel takes at a time
 BLOCKS = 512  # enough of them to fill a GPU
 
@@ -74,6 +76,13 @@ class Cuda(Backend):
             Step(self.ops), dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates,
             cells, has_biases, direction, mode, needs_dx, needs_dweights,
         )  # fmt: skip
+
+    def regularised_scan_forward(self, *arguments):  # type: ignore[no-untyped-def]
+        return regularised_steps.scan_forward(RegularisedStep(self.ops), *arguments)
+
+    def regularised_scan_backward(self, *arguments):  # type: ignore[no-untyped-def]
+        scan = functools.partial(regularised_steps.scan_backward, RegularisedStep(self.ops))
+        return scan_gradients(scan, *arguments)
 
     def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]
         x, v, lengths, mask = (
@@ -166,6 +175,19 @@ class Step:
 
     def backward(self, mode: str, *arguments: Any) -> None:
         self._ops.step_backward(MODES.index(mode), *arguments)
+
+
+class RegularisedStep:
+    """The operators as `regularised_steps.RegularisedKernels`."""
+
+    def __init__(self, ops: Any) -> None:
+        self._ops = ops
+
+    def forward(self, mode: str, *arguments: Any) -> None:
+        self._ops.regularised_forward(MODES.index(mode), *arguments)
+
+    def backward(self, mode: str, *arguments: Any) -> None:
+        self._ops.regularised_backward(MODES.index(mode), *arguments)
 
 
 def runs_on(architecture: str, device: tuple[int, int]) -> bool:

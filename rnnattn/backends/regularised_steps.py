@@ -16,7 +16,10 @@ from rnnattn.reference import CELLS, scan_resets
 
 
 class RegularisedKernels(Protocol):
-    """What lies between the hidden products of two steps: `rnnattn.kernels.regularised_forward` and `_backward`."""
+    """What lies between the hidden products of two steps: `rnnattn.kernels.regularised_forward` and `_backward`.
+
+    The parameters b_hh, norm_hh, norm_c and bias_c come in the accumulation type.
+    """
 
     def forward(
         self, mode: str, a: Tensor, product: Tensor, b_hh: Tensor | None, norm_hh: Tensor | None,
@@ -62,9 +65,8 @@ def scan_forward(
 ) -> tuple[Tensor, ...]:
     """`rnnattn.backends.Backend.regularised_scan_forward`."""
     (T, B, GH), H, acc, cell = a.shape, h0.shape[-1], a.dtype, CELLS[mode]
-    b_hh, norm_hh, norm_c, bias_c, h_mask, keep_h, keep_c = _dense(
-        b_hh, norm_hh, norm_c, bias_c, h_mask, keep_h, keep_c
-    )
+    b_hh, norm_hh, norm_c, bias_c = _full(acc, b_hh, norm_hh, norm_c, bias_c)
+    h_mask, keep_h, keep_c, lengths = _dense(h_mask, keep_h, keep_c, lengths)
     h, c = _copy(h0, acc), None if c0 is None else _copy(c0, acc)
     reset = scan_resets(resets, reset_to_initial, h, c, lengths, reverse)
     h_reset = None if reset is None else _copy(reset.h, acc)
@@ -125,9 +127,8 @@ def scan_backward(
     """`rnnattn.backends.regularised.Scan`."""
     (T, B, H), acc, cell = h_prev.shape, rstd.dtype, CELLS[mode]
     new = rstd.new_zeros
-    norm_hh, norm_c, bias_c, h_mask, keep_h, keep_c, dy, dcells, c_prev = _dense(
-        norm_hh, norm_c, bias_c, h_mask, keep_h, keep_c, dy, dcells, c_prev
-    )
+    norm_hh, norm_c, bias_c = _full(acc, norm_hh, norm_c, bias_c)
+    h_mask, keep_h, keep_c, lengths, dy, dcells, c_prev = _dense(h_mask, keep_h, keep_c, lengths, dy, dcells, c_prev)
     h_prev = h_prev.contiguous()
     dh = new(B, H) if dh_n is None else _copy(dh_n, acc)
     dc = None if c0 is None else new(B, H) if dc_n is None else _copy(dc_n, acc)
@@ -179,3 +180,8 @@ def _copy(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _full(acc: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Parameters in the accumulation type: autocast leaves those of the norms in fp32, whatever the states have."""
+    return [None if p is None else p.to(acc).contiguous() for p in parameters]

@@ -3,6 +3,7 @@
 #include "recurrent_step.cu"
 //
 #include "attention_pool.cu"
+#include "regularised_step.cu"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(rnnattn_cuda_emulation, m) {
