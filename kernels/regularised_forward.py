@@ -37,6 +37,12 @@ def share_kept(keep, row, stride, unit, inside, zoneout):
 
 
 @triton.jit
+def zoned(keep, k, before, fresh):
+    """k before + (1 - k) fresh; by a mask one of the two as it is."""
+    return tl.where(k != 0, before, fresh) if keep is not None else k * before + (1.0 - k) * fresh
+
+
+@triton.jit
 def moments(total, v_0, v_1, v_2, v_3, inside, BLOCKS: tl.constexpr):
     """Mean and one over the standard deviation of the first BLOCKS vectors, of `total` numbers, zero outside."""
     sums = v_0
@@ -161,7 +167,7 @@ def _forward_kernel(
                     inner += vector(bias_c, unit, inside)
             fresh = s_3 * tanh(inner)
             k_c = share_kept(keep_c, row, keep_c_stride, unit, inside, zoneout_c)
-            c_t = k_c * c_before + (1.0 - k_c) * c_fresh
+            c_t = zoned(keep_c, k_c, c_before, c_fresh)
             store(cells, row, cells_stride, unit, tl.where(valid, c_t, 0.0), inside, False)
             c_next = tl.where(valid, c_t, c_before)
             c_next = started_from(c_next, resets_next, c_reset, row, c_reset_stride, unit, inside, False)
@@ -177,7 +183,7 @@ def _forward_kernel(
     if gates is not None:
         store(gates, row, gates_stride, unit, s_0, inside, False)
     k_h = share_kept(keep_h, row, keep_h_stride, unit, inside, zoneout_h)
-    h_t = k_h * before + (1.0 - k_h) * fresh
+    h_t = zoned(keep_h, k_h, before, fresh)
     h_t = h_t.to(y.dtype.element_ty).to(tl.float32)
     store(y, row, y_stride, unit, tl.where(valid, h_t, 0.0), inside, False)
     h_next = tl.where(valid, h_t, before)
