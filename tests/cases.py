@@ -107,7 +107,7 @@ def runs(cases: Iterable[Case], names: Iterable[str] = tuple(DTYPES), few: bool 
     """backend x case x dtype as parameters; one skipped entry for a backend that cannot run here.
 
     Interpreted kernels are slow: they run the first case in every dtype, the others in fp32 and fp16 (bf16
-    is rounded wrongly there, see tolerances.py), or where there are hundreds in these by turns, and long tests
+    is rounded wrongly there, see tolerances.py), or where there are many in these by turns, and long tests
     (few) in fp16 alone.
     """
     interpreted = not torch.cuda.is_available()
@@ -120,7 +120,7 @@ def runs(cases: Iterable[Case], names: Iterable[str] = tuple(DTYPES), few: bool 
             if sampled:
                 dtypes = (F16,) if few else (F32, F16)
             dtypes = tuple(dtype for dtype in dtypes if case.offered(name, dtype))
-            if sampled and len(cases) >= 100:
+            if sampled and len(cases) >= 60:
                 dtypes = dtypes[n % len(dtypes) :][:1]
             for dtype in dtypes[:1] if marks else dtypes:
                 parameters.append(pytest.param(name, case, dtype, id=f"{name}-{case.id}-{SHORT[dtype]}", marks=marks))

@@ -63,8 +63,8 @@ class _Padding:
 
     def padded(self, data: Tensor) -> Tensor:
         """[T, B, F] of packed rows [N, F]."""
-        padded: Tensor = _Rows.apply(data, self.slots, self.rows)
-        return padded.unflatten(0, self.shape)
+        padded: Tensor = _Rows.apply(data, self.slots, self.rows).unflatten(0, self.shape)
+        return padded
 
     def packed(self, sequence: Tensor) -> Tensor:
         """[N, F] of a padded sequence [T, B, F]."""
