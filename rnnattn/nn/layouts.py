@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from rnnattn.nn.nested import like, padded
 from rnnattn.transforms import is_transformed, want_equations
@@ -33,9 +33,8 @@ def run_packed(
     module.check_input(data, batch_sizes)
     if hx is not None and order is not None:
         hx = tuple(hx[n].index_select(1, order) for n in range(len(module._names)))
-    padding = _TorchPadding if torch.compiler.is_compiling() or is_transformed() or want_equations(data) else _Padding
-    place = padding(data, batch_sizes)
-    input, lengths = place.padded(data), place.lengths
+    padding = _Padding(data, batch_sizes)
+    input, lengths = padding.padded(data), padding.lengths
     if hx is None:
         hx = module._zero_states(input, input.shape[1])
     else:
@@ -43,7 +42,7 @@ def run_packed(
     sequences, states = module._run_stack(input, hx, False, lengths, None, False, return_cells)
     if back is not None:
         states = tuple(state.index_select(1, back) for state in states)
-    return [PackedSequence(place.packed(s), batch_sizes, order, back) for s in sequences], states
+    return [PackedSequence(padding.packed(s), batch_sizes, order, back) for s in sequences], states
 
 
 class _Padding:
@@ -63,31 +62,24 @@ class _Padding:
 
     def padded(self, data: Tensor) -> Tensor:
         """[T, B, F] of packed rows [N, F]."""
-        padded: Tensor = _Rows.apply(data, self.slots, self.rows).unflatten(0, self.shape)
+        padded: Tensor = _moved(data, self.slots, self.rows).unflatten(0, self.shape)
         return padded
 
     def packed(self, sequence: Tensor) -> Tensor:
         """[N, F] of a padded sequence [T, B, F]."""
-        packed: Tensor = _Rows.apply(sequence.flatten(0, 1), self.rows, self.slots)
-        return packed
+        return _moved(sequence.flatten(0, 1), self.rows, self.slots)
 
 
-class _TorchPadding:
-    """The same by torch's functions, which whoever looks on sees through."""
-
-    def __init__(self, data: Tensor, batch_sizes: Tensor) -> None:
-        self._input, self.lengths = pad_packed_sequence(PackedSequence(data, batch_sizes, None, None))
-
-    def padded(self, data: Tensor) -> Tensor:
-        return self._input
-
-    def packed(self, sequence: Tensor) -> Tensor:
-        packed: Tensor = pack_padded_sequence(sequence, self.lengths).data
-        return packed
+def _moved(t: Tensor, taken: Tensor, given: Tensor) -> Tensor:
+    """t's rows `taken`; the rows of its gradient are the rows `given` of theirs."""
+    if torch.compiler.is_compiling() or is_transformed() or want_equations(t):
+        return t.index_select(0, taken)
+    moved: Tensor = _Rows.apply(t, taken, given)
+    return moved
 
 
 class _Rows(torch.autograd.Function):
-    """forward(t, taken, given): t's rows `taken`, where those of the gradient go back to are its rows `given`."""
+    """index_select, and in its backward index_select too: index_add goes row by row."""
 
     @staticmethod
     def forward(t: Tensor, taken: Tensor, given: Tensor) -> Tensor:
