@@ -1,7 +1,7 @@
 # Every target does its own set-up and is quick the second time.
 #
 #   make            an editable install with the compiled kernels, in .venv
-#   make test       the tests                     ARGS="-k pooling -x" goes to pytest
+#   make test       the tests                     ARGS="-k pooling -x" goes to pytest, WORKERS=0 runs one by one
 #   make bench      the benchmarks                ARGS=... goes to python -m benchmarks
 #   make plots      the README's tables and plots again, from benchmarks/results
 #   make lint       ruff and mypy
@@ -16,6 +16,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 
 ifeq ($(VENV),none)
   PY := $(PYTHON)
@@ -33,12 +34,15 @@ export PYTHONUNBUFFERED = 1
 REQUIREMENTS := $(filter-out requirements/build.txt,$(wildcard requirements/*.txt))
 SOURCES := setup.py pyproject.toml rnnattn/_version.py $(shell find csrc -not -name '.*')
 
+# Files go to processes whole, as their fixtures compile things.
+HAS_XDIST = $(shell $(PY) -c "import xdist; print(True)" 2> /dev/null)
+
 .PHONY: install test bench plots lint asan tsan wheel clean
 
 install: $(STAMPS)/installed
 
 test: $(STAMPS)/installed
-	RNNATTN_REQUIRE=$${RNNATTN_REQUIRE-cpp,triton} $(PY) -m pytest $(ARGS)
+	RNNATTN_REQUIRE=$${RNNATTN_REQUIRE-cpp,triton} $(PY) -m pytest $(if $(HAS_XDIST),-n $(WORKERS) --dist loadfile) $(ARGS)
 
 bench: $(STAMPS)/installed
 	OMP_PROC_BIND=true OMP_PLACES=cores $(PY) -m benchmarks $(ARGS)

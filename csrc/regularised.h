@@ -31,7 +31,7 @@ struct RegularisedForward : RegularisedScan<F> {
   F *h, *c;             // [B, H] in: the initial states; out: the last
   void* y;              // stored [T, B, H]
   F* cells;             // [T, B, H]; LSTM
-  void* gates;          // stored [T, B, saved_values * H], or null; RNN: h'
+  void* gates;          // stored [T, B, gate columns * H], or null; RNN: h'
   void* hidden;         // stored [T, B, GH], or null: the normalised hidden product
   F* rstd;              // [T, B], or null: one over its standard deviation
 };
@@ -50,8 +50,5 @@ struct RegularisedBackward : RegularisedScan<F> {
   F* d_hidden;               // [T, B, GH] out: of the hidden product; or null where it is that of b
   F *d_norm_c, *d_bias_c;    // [B, H] in/out: sums, or null
 };
-
-// Values of a unit that a step saves.
-static constexpr int64_t saved_values(Mode mode) { return gate_columns(mode); }
 
 }  // namespace rnnattn

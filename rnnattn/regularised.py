@@ -88,7 +88,7 @@ def regularised_layer(
         if r.recurrent_dropout:
             h_mask = F.dropout(torch.ones(B, H, dtype=acc, device=x.device), r.recurrent_dropout)
         keeps = [
-            torch.rand(T, B, H, device=x.device) < p if r.training and p > 0 else None
+            torch.rand(T, B, H, dtype=torch.float32, device=x.device) < p if r.training and p > 0 else None
             for p in (r.zoneout if has_c else r.zoneout[:1])
         ]
         gains = (None, None, None) if norms is None else (norms.hh, norms.c, norms.c_bias)

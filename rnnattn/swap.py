@@ -59,7 +59,7 @@ def swap(model: nn.Module) -> SwapReport:
 
 def unswap(model: nn.Module) -> SwapReport:
     """The reverse of `swap`: torch.nn's modules in the place of rnnattn's, in place, but those that torch.nn cannot
-    do: with zoneout, locked dropout, dropped weights or layer norm."""
+    do: with zoneout, locked dropout, dropped weights or layer norm. A forget_bias, but a beginning, is forgotten."""
     return _replace(model, {ours: theirs for theirs, ours in SWAPS.items()})
 
 
@@ -70,7 +70,7 @@ def _replace(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) ->
     replaced: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         kind = type(module)
-        if kind in table and isinstance(module, Regularised) and module._may_be_regularised():
+        if kind in table and isinstance(module, Regularised) and set(module._regularising()) - {"forget_bias"}:
             report.left[name] = f"torch's {kind.__name__} knows no {', '.join(module._regularising())}"
         elif kind in table:
             new = replaced.setdefault(module, _twin(module, table[kind]))

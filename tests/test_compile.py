@@ -152,3 +152,15 @@ def test_export(model: Model) -> None:
     for B, T in ((3, 6), (3, 11), (5, 2)):
         x, lengths = _inputs(B, T)
         close(program.module()(x, lengths), model(x, lengths))
+
+
+@pytest.mark.parametrize("autocast", (False, True))
+def test_in_16_bits(autocast: bool) -> None:
+    """Where the choice of a backend asks what the processor can do."""
+    module = rnnattn.LSTM(4, 5).to(torch.float32 if autocast else torch.bfloat16)
+    x = torch.randn(3, 2, 4, dtype=module.weight_ih_l0.dtype)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, _ = compiled(x)
+        torch.testing.assert_close(y, module(x)[0])
+    assert y.dtype == torch.bfloat16

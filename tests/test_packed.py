@@ -11,6 +11,7 @@ import torch
 from cases import F32, F64, backend_parameters
 from tolerances import close
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnnattn
@@ -81,6 +82,40 @@ def test_derivatives(kind: str, backend: str) -> None:
     twice = torch.stack([packed.data, packed.data.flip(0)])
     close(torch.func.vmap(layers)(twice), torch.stack([layers(one) for one in twice]))
     close(torch.func.jacrev(layers)(packed.data), torch.func.jacfwd(layers)(packed.data))
+
+
+@pytest.mark.parametrize("backend", backend_parameters("cpp"))
+def test_what_maps_or_differentiates_the_gradient_alone(backend: str) -> None:
+    m = module("LSTM")
+    packed = pack_padded_sequence(torch.randn(3, 2, I, dtype=F64), [2, 3], enforce_sorted=False)
+    data = packed.data.clone().requires_grad_()
+    y = m(like(packed, data))[0].data
+
+    def gradient(dy: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(y, data, dy, retain_graph=True)
+        return found
+
+    dy, tangent = torch.randn(2, *y.shape, dtype=F64)
+    close(torch.func.vmap(gradient)(torch.stack([dy, tangent])), torch.stack([gradient(dy), gradient(tangent)]))
+    with forward_ad.dual_level():
+        found = gradient(forward_ad.make_dual(dy, tangent))
+        close(forward_ad.unpack_dual(found).tangent, gradient(tangent))
+
+
+def test_with_another_default_device() -> None:
+    m, packed = module("GRU"), pack_padded_sequence(torch.randn(3, 2, I, dtype=F64), [3, 2])
+    want = m(packed)[0].data
+    torch.set_default_device("meta")
+    try:
+        close(m(packed)[0].data, want)
+    finally:
+        torch.set_default_device(None)
+
+
+def test_on_the_meta_device() -> None:
+    packed = pack_padded_sequence(torch.randn(3, 2, I, dtype=F64), [3, 2])
+    y, _ = module("LSTM").to("meta")(like(packed, packed.data.to("meta")))
+    assert y.data.shape == (5, 2 * H) and y.data.is_meta
 
 
 def test_under_autocast() -> None:

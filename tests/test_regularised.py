@@ -321,6 +321,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("GRU", {"weight_dropout": 7}, ValueError, "weight_dropout: expected a probability from 0 to 1, got 7"),
     ("LSTM", {"layer_norm": True, "proj_size": 2}, ValueError, "layer_norm: expected proj_size=0 with it, got 2"),
     ("LSTM", {"zoneout": 0.1, "recompute": "chunk"}, ValueError, "zoneout: expected recompute=None with it, got 'chu"),
+    ("LSTM", {"forget_bias": "1"}, TypeError, "forget_bias: expected a number, got str"),
     ("GRU", {"forget_bias": 1.0}, ValueError, "forget_bias: expected None without a forget gate, got 1.0"),
     ("LSTM", {"forget_bias": 1.0, "bias": False}, ValueError, "forget_bias: expected None without biases, got 1.0"),
 ]
@@ -331,6 +332,97 @@ def test_wrong_settings(kind: str, options: dict[str, Any], error: type[Exceptio
     with pytest.raises(error) as raised:
         getattr(rnnattn, kind)(I, H, **options)
     assert words in str(raised.value)
+
+
+def test_parameters_that_do_not_fit() -> None:
+    m, x = module("LSTM", layer_norm=True), sequence()
+    m.norm_hh_l0 = nn.Parameter(torch.ones(1, dtype=F64))
+    with pytest.raises(
+        RuntimeError, match=r"norm_hh_l0: expected shape \[20\] on cpu with layer_norm, got shape \[1\]"
+    ):
+        m(x)
+    m.norm_hh_l0 = None
+    with pytest.raises(RuntimeError, match=r"norm_hh_l0: expected shape \[20\] on cpu with layer_norm, got None"):
+        m(x)
+    plain = module("GRU")
+    plain.layer_norm = True
+    with pytest.raises(RuntimeError, match="norm_ih_l0: expected shape"):
+        plain(x)
+
+
+# argument -> what it may not be, of a call with T, B, H = 6, 3, 5
+MISFITS: dict[str, tuple[Tensor | None, str]] = {
+    "a": (torch.zeros(6, 3, 5), r"a: expected shape \[6, 3, 20\], got \[6, 3, 5\]"),
+    "h0": (torch.zeros(1, 5), r"h0: expected shape \[3, 5\], got \[1, 5\]"),
+    "c0": (torch.zeros(1, 5), r"c0: expected shape \[3, 5\], got \[1, 5\]"),
+    "w_hh": (torch.zeros(20, 5, dtype=torch.int64), "w_hh: expected Float, got Long"),
+    "b_hh": (torch.zeros(1), r"b_hh: expected shape \[20\], got \[1\]"),
+    "norm_hh": (torch.zeros(5), r"norm_hh: expected shape \[20\], got \[5\]"),
+    "norm_c": (torch.zeros(20), r"norm_c: expected shape \[5\], got \[20\]"),
+    "bias_c": (torch.zeros(5, dtype=torch.bool), "bias_c: expected a floating type, got Bool"),
+    "h_mask": (torch.zeros(1, 5), r"h_mask: expected shape \[3, 5\], got \[1, 5\]"),
+    "keep_h": (torch.zeros(6, 3, 5), "keep_h: expected Bool, got Float"),
+    "keep_c": (torch.zeros(1, 1, 1) > 0, r"keep_c: expected shape \[6, 3, 5\], got \[1, 1, 1\]"),
+    "lengths": (torch.zeros(1, dtype=torch.int64), r"lengths: expected shape \[3\], got \[1\]"),
+    "resets": (torch.zeros(1, 3) > 0, r"resets: expected shape \[6, 3\], got \[1, 3\]"),
+}
+
+
+def operands(save: bool) -> dict[str, Any]:
+    """Of a call of the operator with all there is, by name."""
+    shapes = {"a": (T, B, 4 * H), "h0": (B, H), "c0": (B, H), "w_hh": (4 * H, H), "b_hh": (4 * H,), "norm_hh": (4 * H,),
+              "norm_c": (H,), "bias_c": (H,), "h_mask": (B, H)}  # fmt: skip
+    keep = torch.rand(T, B, H) < 0.5
+    return {name: torch.randn(shape) for name, shape in shapes.items()} | {
+        "keep_h": keep, "keep_c": ~keep, "zoneout_h": 0.0, "zoneout_c": 0.0, "lengths": torch.tensor([6, 0, 3]),
+        "resets": keep[..., 0].clone(), "reset_to_initial": False, "reverse": False, "mode": "LSTM", "save": save,
+        "backend": "cpp",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", backend_parameters("cpp"))
+@pytest.mark.parametrize("name", MISFITS)
+def test_the_operator_refuses_what_does_not_fit(name: str, backend: str) -> None:
+    value, words = MISFITS[name]
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.rnnattn.regularised_scan(*(operands(save=False) | {name: value}).values())
+
+
+@pytest.mark.parametrize("backend", backend_parameters("cpp"))
+@pytest.mark.parametrize("name", ("h0", "norm_hh", "keep_h", "resets"))
+def test_the_operator_refuses_freed_memory(name: str, backend: str) -> None:
+    given = operands(save=False)
+    given[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{name}: expected a tensor with data, got one whose storage was freed"):
+        torch.ops.rnnattn.regularised_scan(*given.values())
+
+
+@pytest.mark.parametrize("backend", backend_parameters("cpp"))
+@pytest.mark.parametrize("name", ("y", "cells", "gates", "hidden", "rstd"))
+def test_the_backward_refuses_what_does_not_fit(name: str, backend: str) -> None:
+    given = operands(save=True)
+    y, _, _, *saved = torch.ops.rnnattn.regularised_scan(*given.values())
+    results = dict(zip(("y", "cells", "gates", "hidden", "rstd"), (y, *saved), strict=True))
+    inputs = [value for key, value in given.items() if key not in ("save", "backend")]
+    run = torch.ops.rnnattn.regularised_scan_backward
+    whole = run(y, None, None, None, *inputs, *results.values(), "cpp")
+    apart = {key: torch.stack([value, torch.full_like(value, torch.nan)], -1)[..., 0] for key, value in results.items()}
+    assert all(
+        torch.equal(*both)
+        for both in zip(whole, run(y, None, None, None, *inputs, *apart.values(), "cpp"), strict=True)
+    )
+    if name not in ("y", "cells"):
+        with pytest.raises(RuntimeError, match=f"{name}: expected shape"):
+            run(y, None, None, None, *inputs, *(results | {name: results[name][:1]}).values(), "cpp")
+    results[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{name}: expected a tensor with data, got one whose storage was freed"):
+        run(torch.ones(T, B, H), None, None, None, *inputs, *results.values(), "cpp")
+
+
+def test_zeros_are_off() -> None:
+    m = rnnattn.LSTM(I, H, zoneout=(0.0, 0.0), input_dropout=0.5)
+    assert m._may_be_regularised() and not m.eval()._may_be_regularised()
+    assert rnnattn.unswap(nn.Sequential(rnnattn.LSTM(I, H, zoneout=(0.0, 0.0), forget_bias=1.0))).swapped == ["0"]
 
 
 def test_with_a_projection() -> None:
@@ -378,6 +470,19 @@ def test_opcheck() -> None:
     leaves = [t[n].requires_grad_() for n in ("a", "h0", "c0", "w_hh", "b_hh", "norm_hh", "norm_c", "bias_c")]
     settings = (t["h_mask"], t["keep_h"], t["keep_c"], 0.0, 0.0, t["lengths"], None, False, False, "LSTM", True, "cpp")
     torch.library.opcheck(torch.ops.rnnattn.regularised_scan.default, (*leaves, *settings))
+
+
+def test_zoneout_does_not_depend_on_the_default_dtype() -> None:
+    y = []
+    for dtype in (F32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            m = module("GRU", zoneout=0.3)
+            torch.manual_seed(5)
+            y.append(m(sequence())[0])
+        finally:
+            torch.set_default_dtype(F32)
+    assert torch.equal(y[0] == 0, y[1] == 0)
 
 
 def test_dropout_of_1_drops_all() -> None:

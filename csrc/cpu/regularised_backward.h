@@ -15,7 +15,7 @@ class RegularisedBackwardScan {
 
  public:
   RegularisedBackwardScan(const RegularisedBackward<F>& scan, F* numbers, const void** pointers)
-      : p(scan), GH(Cell::kGates * p.H), saved(rnnattn::saved_values(p.mode) * p.H), d_rows(reinterpret_cast<const F**>(pointers)),
+      : p(scan), GH(Cell::kGates * p.H), saved(gate_columns(p.mode) * p.H), d_rows(reinterpret_cast<const F**>(pointers)),
         d_fresh(numbers), dc_fresh(d_fresh + p.H), c_fresh(dc_fresh + p.H), normal_c(c_fresh + p.H), carry(normal_c + p.H),
         gates(carry + p.H), columns(gates + 4 * p.H) {}
 

@@ -95,7 +95,7 @@ class RegularisedForwardScan {
   }
 
   void save(int64_t at) {
-    const int64_t size = rnnattn::saved_values(p.mode) * p.H;
+    const int64_t size = gate_columns(p.mode) * p.H;
     for_lanes<F>(0, size, [&](int64_t k, int64_t n) { store_as(p.stored, p.gates, at * size + k, load(gates + k, n), n); });
   }
 

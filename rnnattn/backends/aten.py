@@ -30,6 +30,8 @@ class Torch(Backend):
             return f"torch's own {call.op.upper()} keeps what it computed of all steps"
         if call.cells:
             return f"torch's own {call.op.upper()} gives the cell state of the last step alone"
+        if call.recurrent and call.ragged and call.device == "meta":
+            return "torch packs by the values of lengths"
         if call.recurrent and call.B == 0:
             return f"torch's own {call.op.upper()} refuses an empty batch in some builds"
         return None

@@ -53,10 +53,16 @@ def _has_16_bit_kernel(call: Call) -> bool:
     return _has_16_bit_products(names[call.dtype])
 
 
-@functools.cache
 def _has_16_bit_products(dtype: str) -> bool:
     """Whether this CPU multiplies 16-bit numbers itself; assumed where torch cannot tell."""
+    return any(_capabilities().get(f"{unit}_{dtype}", False) for unit in ("amx", "avx512"))
+
+
+_has_16_bit_products._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `backends.unavailable`
+
+
+@functools.cache
+def _capabilities() -> dict[str, bool]:
     if not hasattr(torch.cpu, "get_capabilities"):
-        return True
-    has = torch.cpu.get_capabilities()
-    return any(has.get(f"{unit}_{dtype}", False) for unit in ("amx", "avx512"))
+        return {"amx_bf16": True, "amx_fp16": True}
+    return dict(torch.cpu.get_capabilities())

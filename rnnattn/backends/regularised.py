@@ -38,6 +38,9 @@ def scan_gradients(
     """`rnnattn.backends.Backend.regularised_scan_backward`."""
     *switches, y, cells, gates, hidden, rstd = settings
     lengths, resets, reset_to_initial, reverse, _ = switches[4:]
+    for name, t in {"h0": h0, "c0": c0, "h_mask": h_mask, "resets": resets, "y": y, "cells": cells}.items():
+        if t is not None and t.numel() and t.untyped_storage().nbytes() == 0:
+            raise RuntimeError(f"{name}: expected a tensor with data, got one whose storage was freed")
     h_prev = previous_states(y, h0, lengths, reverse)
     c_prev = None if c0 is None else previous_states(cells, c0.to(cells.dtype), lengths, reverse)
     reset = scan_resets(resets, reset_to_initial, h0, None if c0 is None else c0.to(cells.dtype), lengths, reverse)

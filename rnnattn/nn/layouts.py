@@ -51,13 +51,13 @@ class _Padding:
 
     def __init__(self, data: Tensor, batch_sizes: Tensor) -> None:
         T, B, N = len(batch_sizes), int(batch_sizes[0]), len(data)
+        steps, row, slot = (torch.arange(n, device=batch_sizes.device) for n in (T, B, N))
         self.shape = T, B
-        self.lengths = (batch_sizes[:, None] > torch.arange(B)).sum(0)
+        self.lengths = (batch_sizes[:, None] > row).sum(0)
         offsets = batch_sizes.cumsum(0) - batch_sizes
-        step = torch.repeat_interleave(torch.arange(T), batch_sizes, output_size=N)
-        rows = torch.arange(N) + (torch.arange(T) * B - offsets)[step]
+        rows = slot + (steps * B - offsets)[torch.repeat_interleave(steps, batch_sizes, output_size=N)]
         # A padded row behind its length holds what nobody reads.
-        slots = torch.minimum(offsets[:, None] + torch.arange(B), torch.tensor(N - 1)).flatten()
+        slots = (offsets[:, None] + row).clamp(max=N - 1).flatten()
         self.rows, self.slots = rows.to(data.device), slots.to(data.device)
 
     def padded(self, data: Tensor) -> Tensor:
@@ -71,7 +71,8 @@ class _Padding:
 
 
 def _moved(t: Tensor, taken: Tensor, given: Tensor) -> Tensor:
-    """t's rows `taken`; the rows of its gradient are the rows `given` of theirs."""
+    """t's rows `taken`; the rows of its gradient are the rows `given` of theirs. Where rows are taken twice that holds
+    if all but one of theirs have none, or nobody reads it."""
     if torch.compiler.is_compiling() or is_transformed() or want_equations(t):
         return t.index_select(0, taken)
     moved: Tensor = _Rows.apply(t, taken, given)
@@ -92,4 +93,4 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> Any:
         taken, given = ctx.saved_tensors
-        return _Rows.apply(d, given, taken), None, None
+        return _moved(d, given, taken), None, None

@@ -243,7 +243,7 @@ class PreparedRecurrent(_Prepared):
         self, input: Tensor | PackedSequence, hx: Any = None, lengths: Lengths = None, resets: Tensor | None = None,
         reset_to_initial: bool = False,
     ) -> Any:  # fmt: skip
-        """Runs the stack: arguments, results and errors are those of the module's `forward`.
+        """Runs the stack: arguments (but return_cells), results and errors are those of the module's `forward`.
 
         Raises:
             RuntimeError: the module's weights have changed; or grad mode is on and an input requires grad.

@@ -55,7 +55,7 @@ class _Recurrent(DirectCalls, Regularised):
         Raises:
             RuntimeError: the module is in training mode with dropout; weights that are not on the CPU.
             TypeError: a weight that is not a parameter of the module (a parametrization or a hook makes it).
-            ValueError: an unknown precision, or one other than "float" for float64 weights.
+            ValueError: an unknown precision, or one other than "float" for float64 weights; zoneout or layer_norm.
             BackendError: backend cpp cannot run on this machine.
         """
         from rnnattn.nn.prepared import PreparedRecurrent

@@ -18,6 +18,7 @@ What is kept of a dropout is divided by its probability, as in torch.nn.Dropout.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class Regularised(nn.RNNBase):
     def _regularising(self) -> list[str]:
         """The names of the arguments that are not at their defaults."""
         names = ("zoneout", *DROPOUTS, "layer_norm", "forget_bias")
-        return [name for name in names if getattr(self, name) != vars(Regularised)[name]]
+        return [name for name in names if getattr(self, name) not in (vars(Regularised)[name], (0.0, 0.0))]
 
     def _suffixes(self) -> list[str]:
         """Of the parameters' names, for each direction of each layer."""
@@ -93,9 +94,9 @@ class Regularised(nn.RNNBase):
 
     def _may_be_regularised(self) -> bool:
         """Whether `_regularisation` is worth asking; a direct call waits for this."""
-        return bool(
-            self.zoneout or self.layer_norm or self.input_dropout or self.recurrent_dropout or self.weight_dropout
-        )
+        if self.layer_norm or (self.zoneout and self.zoneout != (0.0, 0.0)):
+            return True
+        return self.training and bool(self.input_dropout or self.recurrent_dropout or self.weight_dropout)
 
     def _regularisation(self) -> Regularisation | None:
         """The settings of a call now, None where the plain layers are the same.
@@ -113,12 +114,17 @@ class Regularised(nn.RNNBase):
         return Regularisation(self.training, zoneout, norms=norms, **drops)
 
     def _norms(self, suffix: str) -> Norms:
-        def of(name: str) -> Tensor | None:
-            return getattr(self, name + suffix, None)
-
-        ih, hh = of("norm_ih"), of("norm_hh")
-        assert ih is not None and hh is not None
-        return Norms(ih, hh, of("norm_c"), of("norm_c_bias"))
+        weight: Any = self.weight_ih_l0
+        found: dict[str, Tensor] = {}
+        for name, size in self._norm_sizes().items():
+            p = getattr(self, name + suffix, None)
+            if not isinstance(p, Tensor) or p.shape != (size,) or p.device != weight.device:
+                got = f"shape {list(p.shape)} on {p.device}" if isinstance(p, Tensor) else p
+                raise RuntimeError(
+                    f"{name}{suffix}: expected shape [{size}] on {weight.device} with layer_norm, got {got}"
+                )
+            found[name] = p
+        return Norms(found["norm_ih"], found["norm_hh"], found.get("norm_c"), found.get("norm_c_bias"))
 
     def _check_regularisation(self) -> tuple[float, float]:
         """zoneout of h and of c.
@@ -143,6 +149,8 @@ class Regularised(nn.RNNBase):
             raise ValueError(f"{scan[0]}: expected proj_size=0 with it, got {self.proj_size}")
         if scan and getattr(self, "recompute", None):
             raise ValueError(f"{scan[0]}: expected recompute=None with it, got {self.recompute!r}")
+        if self.forget_bias is not None:
+            _check_number("forget_bias", self.forget_bias)
         if self.forget_bias is not None and (self.mode != "LSTM" or not self.bias):
             missing = "biases" if self.mode == "LSTM" else "a forget gate"
             raise ValueError(f"forget_bias: expected None without {missing}, got {self.forget_bias}")
@@ -150,7 +158,11 @@ class Regularised(nn.RNNBase):
 
 
 def _check_probability(name: str, p: Any) -> None:
-    if isinstance(p, bool) or not isinstance(p, int | float):
-        raise TypeError(f"{name}: expected a number, got {type(p).__name__}")
+    _check_number(name, p)
     if not 0 <= p <= 1:
         raise ValueError(f"{name}: expected a probability from 0 to 1, got {p}")
+
+
+def _check_number(name: str, p: Any) -> None:
+    if isinstance(p, bool) or not isinstance(p, Real):
+        raise TypeError(f"{name}: expected a number, got {type(p).__name__}")
