@@ -34,7 +34,7 @@ export PYTHONUNBUFFERED = 1
 REQUIREMENTS := $(filter-out requirements/build.txt,$(wildcard requirements/*.txt))
 SOURCES := setup.py pyproject.toml rnnattn/_version.py $(shell find csrc -not -name '.*')
 
-# Files go to processes whole, as their fixtures compile things.
+# Files go to processes whole, as their fixtures compile things, and in their order: few tests may take long.
 HAS_XDIST = $(shell $(PY) -c "import xdist; print(True)" 2> /dev/null)
 
 .PHONY: install test bench plots lint asan tsan wheel clean
@@ -42,7 +42,7 @@ HAS_XDIST = $(shell $(PY) -c "import xdist; print(True)" 2> /dev/null)
 install: $(STAMPS)/installed
 
 test: $(STAMPS)/installed
-	RNNATTN_REQUIRE=$${RNNATTN_REQUIRE-cpp,triton} $(PY) -m pytest $(if $(HAS_XDIST),-n $(WORKERS) --dist loadfile) $(ARGS)
+	RNNATTN_REQUIRE=$${RNNATTN_REQUIRE-cpp,triton} $(PY) -m pytest $(if $(HAS_XDIST),-n $(WORKERS) --dist loadfile --no-loadscope-reorder) $(ARGS)
 
 bench: $(STAMPS)/installed
 	OMP_PROC_BIND=true OMP_PLACES=cores $(PY) -m benchmarks $(ARGS)

@@ -16,19 +16,7 @@ from torch import Tensor
 
 from rnnattn.kernels.math import tanh
 from rnnattn.kernels.regularised_forward import moments, share_kept, vector
-from rnnattn.kernels.step_rows import load, store, strides
-
-
-@triton.jit
-def _kept_from(d, resets_after, d_reset, row, stride, unit, inside):
-    """The gradient d of a state that left this row's step: none where the next step was reset; d_reset gathers it."""
-    if resets_after is not None:
-        cut = tl.load(resets_after + row) != 0
-        if d_reset is not None:
-            gathered = load(d_reset, row, stride, unit, inside, False)
-            store(d_reset, row, stride, unit, gathered + tl.where(cut, d, 0.0), inside, False)
-        d = tl.where(cut, 0.0, d)
-    return d
+from rnnattn.kernels.step_rows import kept_from, load, store, strides
 
 
 @triton.jit
@@ -113,7 +101,7 @@ def _backward_kernel(
         if h_mask is not None:
             through *= load(h_mask, row, mask_stride, unit, inside, False)
         carried += through
-    carried = _kept_from(carried, resets_after, dh_reset, row, dh_reset_stride, unit, inside)
+    carried = kept_from(carried, resets_after, dh_reset, row, dh_reset_stride, unit, inside, False)
     dh_t = carried
     if dy is not None:
         dh_t += load(dy, row, dy_stride, unit, inside, False)
@@ -130,7 +118,7 @@ def _backward_kernel(
         s_3 = load(gates, row, gates_stride, unit + 3 * H, inside, False)
         if MODE == "LSTM":
             dc_carried = load(dc, row, dc_stride, unit, inside, False)
-            dc_carried = _kept_from(dc_carried, resets_after, dc_reset, row, dc_reset_stride, unit, inside)
+            dc_carried = kept_from(dc_carried, resets_after, dc_reset, row, dc_reset_stride, unit, inside, False)
             dc_t = dc_carried
             if dcells is not None:
                 dc_t += load(dcells, row, dcells_stride, unit, inside, False)

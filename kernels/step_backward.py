@@ -19,22 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rnnattn.kernels.math import tanh
-from rnnattn.kernels.step_rows import BLOCK, WARPS, aligned, load, started_from, store, strides
+from rnnattn.kernels.step_rows import BLOCK, WARPS, aligned, kept_from, load, started_from, store, strides
 
 # As in step_forward.
 POINTERS = ["dy", "product", "gates", "y", "h_prev", "c", "c_prev", "resets", "resets_after", "da", "db"]
-
-
-@triton.jit
-def _kept_from(d, resets_after, d_reset, row, stride, unit, inside, ALIGNED: tl.constexpr):
-    """The gradient d of a state that left this row's step: none where the next step was reset; d_reset gathers it."""
-    if resets_after is not None:
-        cut = tl.load(resets_after + row) != 0
-        if d_reset is not None:
-            gathered = load(d_reset, row, stride, unit, inside, ALIGNED)
-            store(d_reset, row, stride, unit, gathered + tl.where(cut, d, 0.0), inside, ALIGNED)
-        d = tl.where(cut, 0.0, d)
-    return d
 
 
 @triton.jit(do_not_specialize=["t"], do_not_specialize_on_alignment=POINTERS)
@@ -87,7 +75,7 @@ def _backward_kernel(
         carried += load(product, row, product_stride, unit, inside, ALIGNED)
     if dh is not None:
         carried += load(dh, row, dh_stride, unit, inside, ALIGNED)
-    carried = _kept_from(carried, resets_after, dh_reset, row, dh_reset_stride, unit, inside, ALIGNED)
+    carried = kept_from(carried, resets_after, dh_reset, row, dh_reset_stride, unit, inside, ALIGNED)
     dh_t = carried
     if dy is not None:
         dh_t += load(dy, row, dy_stride, unit, inside, ALIGNED)
@@ -108,7 +96,7 @@ def _backward_kernel(
             before = started_from(before, resets, c_reset, row, c_reset_stride, unit, inside, ALIGNED)
             tanh_c = tanh(load(c, row, c_stride, unit, inside, ALIGNED))
             dc_next = load(dc, row, dc_stride, unit, inside, ALIGNED)
-            dc_next = _kept_from(dc_next, resets_after, dc_reset, row, dc_reset_stride, unit, inside, ALIGNED)
+            dc_next = kept_from(dc_next, resets_after, dc_reset, row, dc_reset_stride, unit, inside, ALIGNED)
             dc_t = dc_next + dh_t * s_3 * (1.0 - tanh_c * tanh_c)
             store(dc, row, dc_stride, unit, tl.where(valid, dc_t * s_1, dc_next), inside, ALIGNED)
             d_0 = dc_t * s_2 * s_0 * (1.0 - s_0)

@@ -41,6 +41,18 @@ def started_from(before, resets, other, row, stride, column, inside, ALIGNED: tl
     return before
 
 
+@triton.jit
+def kept_from(d, resets_after, d_reset, row, stride, unit, inside, ALIGNED: tl.constexpr):
+    """The gradient d of a state that left this row's step: none where the next step was reset; d_reset gathers it."""
+    if resets_after is not None:
+        cut = tl.load(resets_after + row) != 0
+        if d_reset is not None:
+            gathered = load(d_reset, row, stride, unit, inside, ALIGNED)
+            store(d_reset, row, stride, unit, gathered + tl.where(cut, d, 0.0), inside, ALIGNED)
+        d = tl.where(cut, 0.0, d)
+    return d
+
+
 def strides(tensors: tuple[Tensor | None, ...]) -> list[int]:
     return [0 if tensor is None else tensor.stride(0) for tensor in tensors]
 
@@ -55,4 +67,4 @@ def aligned(H: int, tensors: tuple[Tensor | None, ...]) -> bool:
     )
 
 
-__all__ = ["BLOCK", "WARPS", "aligned", "load", "started_from", "store", "strides"]
+__all__ = ["BLOCK", "WARPS", "aligned", "kept_from", "load", "started_from", "store", "strides"]
