@@ -60,8 +60,9 @@ def run_stack(
     in_chunks = check_recompute(recompute, resets is not None and reset_to_initial, return_cells)
     backend, looked_on = "reference", want_equations(x, h0, c0, *weights)
     if not looked_on:
-        call = _call(mode, x, h0, c0, weights, num_layers, K, ragged, has_resets, in_chunks, return_cells)
-        backend = backends.select(replace(call, regularised=regularisation is not None)).backend
+        regularised = regularisation is not None
+        call = _call(mode, x, h0, c0, weights, num_layers, K, ragged, has_resets, in_chunks, return_cells, regularised)
+        backend = backends.select(call).backend
     cells = None
     if backend == "torch":
         y, h_n, c_n = backends.TORCH.recurrent(
@@ -160,6 +161,7 @@ def _call(
     resets: bool,
     in_chunks: bool,
     cells: bool,
+    regularised: bool,
 ) -> Call:
     """What `backends.select` needs to know; x is [T, B, I]."""
     T, B, I = x.shape
@@ -168,4 +170,5 @@ def _call(
     return Call(
         op_name(mode), x.device.type, x.dtype, B, T, I, H, num_layers, K, R if R != H else 0, ragged,
         wants_grad(x, h0, c0, *weights), torch.compiler.is_compiling(), resets, in_chunks, cells,
+        regularised,
     )  # fmt: skip

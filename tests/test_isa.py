@@ -61,7 +61,7 @@ RECURRENT = [
     "-p",
     "no:cacheprovider",
     "tests/test_recurrent.py",
-    "tests/test_regularised.py",
+    "tests/test_regularised_scan.py",
 ]
 # What each runs of the cases: the sizes of its vectors with some types, all types among them; bfloat16 its own scans.
 TYPES = {"baseline": "fp32 or fp64", "avx2": "bf16 or fp16", "emulated": "bf16", "avx512": "fp32"}

@@ -59,12 +59,18 @@ class Cuda(Backend):
             return "CUDA, linear scores and pooling in one pass over x"
         return "CUDA, additive scores without [B, T, A] in memory, then pooling; GEMMs in the backward pass"
 
+    def _step(self) -> Step:
+        return Step(self.ops.step_forward, self.ops.step_backward)
+
+    def _regularised_step(self) -> Step:
+        return Step(self.ops.regularised_forward, self.ops.regularised_backward)
+
     def recurrent_layer_forward(  # type: ignore[no-untyped-def]
         self, x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
     ):
         lengths = pool_gemms.dense_rows(lengths)
         return stepwise.layer_forward(
-            Step(self.ops), x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
+            self._step(), x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
         )
 
     def recurrent_layer_backward(  # type: ignore[no-untyped-def]
@@ -73,15 +79,15 @@ class Cuda(Backend):
     ):  # fmt: skip
         lengths = pool_gemms.dense_rows(lengths)
         return stepwise_backward.layer_backward(
-            Step(self.ops), dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates,
+            self._step(), dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates,
             cells, has_biases, direction, mode, needs_dx, needs_dweights,
         )  # fmt: skip
 
     def regularised_scan_forward(self, *arguments):  # type: ignore[no-untyped-def]
-        return regularised_steps.scan_forward(RegularisedStep(self.ops), *arguments)
+        return regularised_steps.scan_forward(self._regularised_step(), *arguments)
 
     def regularised_scan_backward(self, *arguments):  # type: ignore[no-untyped-def]
-        scan = functools.partial(regularised_steps.scan_backward, RegularisedStep(self.ops))
+        scan = functools.partial(regularised_steps.scan_backward, self._regularised_step())
         return scan_gradients(scan, *arguments)
 
     def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]
@@ -165,29 +171,16 @@ class Cuda(Backend):
 
 
 class Step:
-    """The operators as `stepwise.StepKernels`."""
+    """Two operators of a step as `stepwise.StepKernels` or `regularised_steps.RegularisedKernels`, by mode's number."""
 
-    def __init__(self, ops: Any) -> None:
-        self._ops = ops
-
-    def forward(self, mode: str, *arguments: Any) -> None:
-        self._ops.step_forward(MODES.index(mode), *arguments)
-
-    def backward(self, mode: str, *arguments: Any) -> None:
-        self._ops.step_backward(MODES.index(mode), *arguments)
-
-
-class RegularisedStep:
-    """The operators as `regularised_steps.RegularisedKernels`."""
-
-    def __init__(self, ops: Any) -> None:
-        self._ops = ops
+    def __init__(self, forward: Any, backward: Any) -> None:
+        self._forward, self._backward = forward, backward
 
     def forward(self, mode: str, *arguments: Any) -> None:
-        self._ops.regularised_forward(MODES.index(mode), *arguments)
+        self._forward(MODES.index(mode), *arguments)
 
     def backward(self, mode: str, *arguments: Any) -> None:
-        self._ops.regularised_backward(MODES.index(mode), *arguments)
+        self._backward(MODES.index(mode), *arguments)
 
 
 def runs_on(architecture: str, device: tuple[int, int]) -> bool:

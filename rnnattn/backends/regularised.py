@@ -41,9 +41,10 @@ def scan_gradients(
     for name, t in {"h0": h0, "c0": c0, "h_mask": h_mask, "resets": resets, "y": y, "cells": cells}.items():
         if t is not None and t.numel() and t.untyped_storage().nbytes() == 0:
             raise RuntimeError(f"{name}: expected a tensor with data, got one whose storage was freed")
+    c_first = None if c0 is None else c0.to(cells.dtype)
     h_prev = previous_states(y, h0, lengths, reverse)
-    c_prev = None if c0 is None else previous_states(cells, c0.to(cells.dtype), lengths, reverse)
-    reset = scan_resets(resets, reset_to_initial, h0, None if c0 is None else c0.to(cells.dtype), lengths, reverse)
+    c_prev = None if c_first is None else previous_states(cells, c_first, lengths, reverse)
+    reset = scan_resets(resets, reset_to_initial, h0, c_first, lengths, reverse)
     if reset is not None:
         h_prev = torch.where(reset.before, reset.h, h_prev)
         c_prev = None if c_prev is None or reset.c is None else torch.where(reset.before, reset.c, c_prev)

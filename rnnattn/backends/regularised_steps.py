@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rnnattn.backends.stepwise import matmul, wide
+from rnnattn.backends.stepwise import contiguous, matmul, wide
 from rnnattn.reference import CELLS, scan_resets
 
 
@@ -66,7 +66,7 @@ def scan_forward(
     """`rnnattn.backends.Backend.regularised_scan_forward`."""
     (T, B, GH), H, acc, cell = a.shape, h0.shape[-1], a.dtype, CELLS[mode]
     b_hh, norm_hh, norm_c, bias_c = _full(acc, b_hh, norm_hh, norm_c, bias_c)
-    h_mask, keep_h, keep_c, lengths = _dense(h_mask, keep_h, keep_c, lengths)
+    h_mask, keep_h, keep_c, lengths = contiguous(h_mask, keep_h, keep_c, lengths)
     h, c = _copy(h0, acc), None if c0 is None else _copy(c0, acc)
     reset = scan_resets(resets, reset_to_initial, h, c, lengths, reverse)
     h_reset = None if reset is None else _copy(reset.h, acc)
@@ -128,7 +128,9 @@ def scan_backward(
     (T, B, H), acc, cell = h_prev.shape, rstd.dtype, CELLS[mode]
     new = rstd.new_zeros
     norm_hh, norm_c, bias_c = _full(acc, norm_hh, norm_c, bias_c)
-    h_mask, keep_h, keep_c, lengths, dy, dcells, c_prev = _dense(h_mask, keep_h, keep_c, lengths, dy, dcells, c_prev)
+    h_mask, keep_h, keep_c, lengths, dy, dcells, c_prev = contiguous(
+        h_mask, keep_h, keep_c, lengths, dy, dcells, c_prev
+    )
     h_prev = h_prev.contiguous()
     dh = new(B, H) if dh_n is None else _copy(dh_n, acc)
     dc = None if c0 is None else new(B, H) if dc_n is None else _copy(dc_n, acc)
@@ -178,10 +180,6 @@ def _copy(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 def _full(acc: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
     """Parameters in the accumulation type: autocast leaves those of the norms in fp32, whatever the states have."""
-    return [None if p is None else p.to(acc).contiguous() for p in parameters]
+    return contiguous(*(None if p is None else p.to(acc) for p in parameters))

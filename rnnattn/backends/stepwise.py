@@ -75,6 +75,11 @@ class StepKernels(Protocol):
     ) -> None: ...
 
 
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The operands of kernels, those that there are."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
 def wide(a: Tensor) -> Tensor:
     """An operand of `matmul`, made ready once: torch has 16-bit GEMMs with fp32 results on CUDA only."""
     return a if a.is_cuda else a.to(accumulation_dtype(a.dtype))

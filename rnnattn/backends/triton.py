@@ -57,7 +57,7 @@ class Triton(Backend):
     def recurrent_layer_forward(  # type: ignore[no-untyped-def]
         self, x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
     ):
-        (lengths,) = _contiguous(lengths)
+        (lengths,) = stepwise.contiguous(lengths)
         with _device(x):
             return stepwise.layer_forward(
                 _step(), x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
@@ -67,7 +67,7 @@ class Triton(Backend):
         self, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
         has_biases, direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
     ):  # fmt: skip
-        (lengths,) = _contiguous(lengths)
+        (lengths,) = stepwise.contiguous(lengths)
         with _device(x):
             return stepwise_backward.layer_backward(
                 _step(), dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates,
@@ -100,7 +100,7 @@ class Triton(Backend):
 
         if x.shape[0] == 0 or x.shape[1] == 0:
             return tuple(None if p is None else p.new_zeros(p.shape) for p in (x, v, w, b))
-        v, b, lengths, mask, d_weights = _contiguous(v, b, lengths, mask, d_weights)
+        v, b, lengths, mask, d_weights = stepwise.contiguous(v, b, lengths, mask, d_weights)
         with _device(x):
             d_pooled, p = pool_gemms.row_cotangent(d_pooled, pooled, lse), None
             if d_weights is not None:
@@ -132,7 +132,7 @@ def _pool(
     from rnnattn.kernels import additive_pool_forward, linear_pool_forward
 
     x, v = pool_gemms.dense_rows(x), v.contiguous()
-    b, lengths, mask = _contiguous(b, lengths, mask)
+    b, lengths, mask = stepwise.contiguous(b, lengths, mask)
     if w is None:
         pooled, lse = linear_pool_forward(x, v, lengths, mask, scores)
     else:
@@ -143,10 +143,6 @@ def _pool(
 def _empty_scores(x: Tensor) -> Tensor:
     """fp32 [B, T]: -inf, which the kernel overwrites at kept steps."""
     return torch.full(x.shape[:2], -torch.inf, device=x.device)
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
