@@ -41,6 +41,7 @@ struct Rows {
   const int64_t* length;  // [n] steps of the row
   const int64_t* place;   // [n] place among all rows of the batch, longest first
   const int64_t* offset;  // [T] slot of the first row at step t
+  const int64_t* first;   // [T] where step t begins in y, gates and cells: t * B, or in a packed sequence its slot
   bool reverse;           // a row's scan starts at its last step
 };
 
@@ -50,6 +51,7 @@ static inline int64_t time_of(const Rows& rows, int64_t i, int64_t step) {
   return rows.reverse ? rows.length[i] - 1 - step : step;
 }
 static inline int64_t slot_of(const Rows& rows, int64_t i, int64_t t) { return rows.offset[t] + rows.place[i]; }
+static inline int64_t row_at(const Rows& rows, int64_t i, int64_t t) { return rows.first[t] + rows.row[i]; }
 
 // Whether a scan replaces row b's state before its step at time t. resets [T, B] tells where episodes begin; a reverse
 // scan crosses the border before such a step when it enters the one before.
@@ -97,6 +99,7 @@ struct Packing {
   Stored stored = Stored::kFull;  // how w does
 };
 
+// [T, B] stands for [rows of a packed sequence] as well: Rows::first tells where the steps begin.
 template <typename F>
 struct ForwardScan {
   Mode mode;
@@ -104,8 +107,9 @@ struct ForwardScan {
   int64_t T, B, I, H, R;
   Rows rows;
   Barrier* barrier;     // of the group's members; null for one
-  const void* x;        // stored [T, B, I] with the strides below, elements of a step contiguous
-  int64_t x_step, x_row;
+  const void* x;        // stored [T, B, I], elements of a row contiguous
+  const int64_t* x_first;  // [T] the first element of step t
+  int64_t x_row;
   Packing<F> unpacked_ih, unpacked_hh;
   Panel panel;          // what w_ih and w_hh hold
   const void* w_ih;     // panels, K = I, or null: the product takes the matrices unpacked
@@ -138,8 +142,9 @@ struct BackwardScan {
   Panel panel;        // what w_hh holds
   const void* w_hh;   // panels of R columns, K = hidden gates * H; or null for a single step: dh then has but GRU's z * dh
   const F* w_hr;      // panels of H columns, K = R, or null without projection
-  const void* dy;     // stored [T, B, R], strides below, or null
-  int64_t dy_step, dy_row;
+  const void* dy;     // stored [T, B, R], or null
+  const int64_t* dy_first;  // [T] the first element of step t
+  int64_t dy_row;
   const void* y;      // stored [T, B, y_row]
   int64_t y_row;
   const void* gates;  // stored [T, B, gate columns * H]

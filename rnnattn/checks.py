@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rnnattn.packing import Packing
 from rnnattn.transforms import is_mapped
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -41,6 +42,25 @@ def checked_lengths(lengths: Tensor | Sequence[int] | None, B: int, T: int, devi
                 )
         return lengths.to(device, non_blocking=True)
     return lengths.to(device).clamp(0, T)
+
+
+def checked_steps(
+    op: str, x: Tensor, lengths: Tensor | Sequence[int] | Packing | None
+) -> tuple[int, int, Tensor | None]:
+    """T, B and int64 lengths [B] of x [T, B, I], or of packed rows x [N, I].
+
+    Raises:
+        RuntimeError: not such an x. The others as `checked_lengths`.
+    """
+    if isinstance(lengths, Packing):
+        T, B = lengths.shape
+        return T, B, lengths.lengths.to(x.device)
+    if x.dim() != 3:
+        raise RuntimeError(f"{op}: expected input with 3 dimensions, got shape {list(x.shape)}")
+    T, B, _ = x.shape
+    if T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    return T, B, checked_lengths(lengths, B, T, x.device)
 
 
 def checked_resets(resets: Tensor | None, input: Tensor, batch_first: bool) -> Tensor | None:
@@ -96,6 +116,7 @@ def check_recurrent(
     op: str,
     G: int,
     x: Tensor,
+    B: int,
     h0: Tensor,
     c0: Tensor | None,
     weights: list[Tensor],
@@ -105,15 +126,10 @@ def check_recurrent(
 ) -> None:
     """Raises RuntimeError where an argument of `functional.lstm`, `gru` or `rnn` is off.
 
-    x is [T, B, I], G the blocks of H rows in the cell's weights; a cell with c0 may have a projection.
+    x is [T, B, I] or packed, G the blocks of H rows in the cell's weights; a cell with c0 may have a projection.
     """
-    if x.dim() != 3:
-        raise RuntimeError(f"{op}: expected input with 3 dimensions, got shape {list(x.shape)}")
     if not x.dtype.is_floating_point:
         raise RuntimeError(f"{op}: expected a floating input, got {x.dtype}")
-    T, B, I = x.shape
-    if T == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     plain = 4 if has_biases else 2
     per_direction, rest = divmod(len(weights), num_layers * K)
     if rest or per_direction not in ((plain,) if c0 is None else (plain, plain + 1)):
@@ -129,7 +145,7 @@ def check_recurrent(
         if state.device != x.device:
             raise RuntimeError(_devices("hidden", x, state))
         _check_parameter(op, name, state, (num_layers * K, B, features), x)
-    dtype, device, features = x.dtype, x.device, I
+    dtype, device, features = x.dtype, x.device, x.shape[-1]
     for first in range(0, len(weights), per_direction):
         if first == per_direction * K:
             features = K * R  # from the second layer on

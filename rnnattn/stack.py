@@ -15,7 +15,8 @@ from torch import Tensor
 from rnnattn import autograd, backends
 from rnnattn.autocast import autocast_dtype, lowered
 from rnnattn.backends import Call
-from rnnattn.checks import check_recompute, check_recurrent, checked_lengths, checked_resets
+from rnnattn.checks import check_recompute, check_recurrent, checked_resets, checked_steps
+from rnnattn.packing import Packing
 from rnnattn.reference import CELLS, zero_invalid
 from rnnattn.regularised import Regularisation, regularised_layer
 from rnnattn.transforms import is_transformed, want_equations
@@ -33,7 +34,7 @@ def run_stack(
     training: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
-    lengths: Tensor | Sequence[int] | None = None,
+    lengths: Tensor | Sequence[int] | Packing | None = None,
     resets: Tensor | None = None,
     reset_to_initial: bool = False,
     recompute: str | None = None,
@@ -41,7 +42,7 @@ def run_stack(
     regularisation: Regularisation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """output, h_n, c_n (None for a cell without c) and cells (None if not asked for); mode is a key of
-    `reference.CELLS`."""
+    `reference.CELLS`. With a Packing for lengths the sequences are packed rows, and there are no resets."""
     low = autocast_dtype(input)
     if low is not None:
         with torch.autocast(input.device.type, enabled=False):
@@ -53,21 +54,30 @@ def run_stack(
     weights = list(weights)
     x = input.transpose(0, 1) if batch_first else input
     K = 2 if bidirectional else 1
-    check_recurrent(op_name(mode), CELLS[mode].blocks, x, h0, c0, weights, has_biases, num_layers, K)
-    lengths = checked_lengths(lengths, x.shape[1], x.shape[0], x.device)
+    packing = lengths if isinstance(lengths, Packing) else None
+    T, B, lengths = checked_steps(op_name(mode), x, lengths)
+    check_recurrent(op_name(mode), CELLS[mode].blocks, x, B, h0, c0, weights, has_biases, num_layers, K)
     resets = checked_resets(resets, input, batch_first)
-    ragged, has_resets = lengths is not None, resets is not None
+    ragged, has_resets, regularised = lengths is not None, resets is not None, regularisation is not None
     in_chunks = check_recompute(recompute, resets is not None and reset_to_initial, return_cells)
     backend, looked_on = "reference", want_equations(x, h0, c0, *weights)
     if not looked_on:
-        regularised = regularisation is not None
-        call = _call(mode, x, h0, c0, weights, num_layers, K, ragged, has_resets, in_chunks, return_cells, regularised)
+        call = _call(
+            mode, T, B, x, h0, c0, weights, num_layers, K, ragged, has_resets, in_chunks, return_cells, regularised
+        )
         backend = backends.select(call).backend
+    if packing is not None and (regularised or in_chunks or not backends.get(backend).reads_packed):
+        y, h_n, c_n, cells = run_stack(
+            mode, packing.padded(x), h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, False,
+            lengths, None, False, recompute, return_cells, regularisation,
+        )  # fmt: skip
+        return packing.packed(y), h_n, c_n, None if cells is None else packing.packed(cells)
     cells = None
     if backend == "torch":
         y, h_n, c_n = backends.TORCH.recurrent(
-            mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, lengths
-        )
+            mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, lengths,
+            None if packing is None else packing.batch_sizes,
+        )  # fmt: skip
     else:
         y, h_n, c_n, cells = _layers(
             mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, K, lengths, resets, reset_to_initial,
@@ -75,7 +85,8 @@ def run_stack(
             regularisation,
         )  # fmt: skip
     if cells is not None:
-        cells = zero_invalid(cells, lengths).permute(1, 2, 0, 3).flatten(2).to(y.dtype)  # [T, B, K * H]
+        cells = cells if packing is not None else zero_invalid(cells, lengths)
+        cells = cells.movedim(0, -2).flatten(-2).to(y.dtype)  # [T, B, K * H]
     if batch_first:
         y, cells = y.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
     return y, h_n, c_n, cells
@@ -151,6 +162,8 @@ def takes_cpp(mode: str, dtype: torch.dtype, I: int, H: int) -> bool:
 
 def _call(
     mode: str,
+    T: int,
+    B: int,
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
@@ -163,9 +176,8 @@ def _call(
     cells: bool,
     regularised: bool,
 ) -> Call:
-    """What `backends.select` needs to know; x is [T, B, I]."""
-    T, B, I = x.shape
-    R = h0.shape[-1]
+    """What `backends.select` needs to know."""
+    I, R = x.shape[-1], h0.shape[-1]
     H = R if c0 is None else c0.shape[-1]
     return Call(
         op_name(mode), x.device.type, x.dtype, B, T, I, H, num_layers, K, R if R != H else 0, ragged,

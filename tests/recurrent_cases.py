@@ -14,10 +14,13 @@ import pytest
 import torch
 from cases import F32, F64, OWN, Tensors, backend_parameters, given_lengths, strided, transposed
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnnattn
 from rnnattn import autograd
 from rnnattn import functional as RF
+from rnnattn.packing import Packing
+from rnnattn.stack import run_stack
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class RecurrentCase:
     states: bool = False  # h0 (and c0) given, with gradients
     cells: bool = False  # c_t of every step is wanted; LSTM
     cotangents: tuple[str, ...] = ("y", "h_n", "c_n", "cells")  # of those that there are
-    layout: str = "contiguous"  # or strided, transposed, expanded, batch_first
+    layout: str = "contiguous"  # or strided, transposed, expanded, batch_first, packed (lengths fall, T is the first)
     nan: bool = False  # NaN in x and dy at invalid steps
     scale: float = 1.0  # of x
     recompute: str = ""  # or chunk
@@ -151,7 +154,7 @@ class RecurrentCase:
 
     def run(self, t: Tensors, backend: str, backward: bool = True) -> Tensors:
         """Outputs and gradients by name, time first whatever the layout."""
-        x, weights = t["x"].detach(), [w.detach() for w in t["weights"]]
+        x, weights = self._packed(t["x"].detach()), [w.detach() for w in t["weights"]]
         initials = [t[name].detach() for name in self.initial_of.values()]
         leaves = {"dx": x}
         if self.states:
@@ -173,12 +176,27 @@ class RecurrentCase:
         if backward:
             given = [name for name in self.cotangents if name in results]
             gradients = torch.autograd.grad(
-                [results[name] for name in given], list(leaves.values()), [t["d" + name] for name in given]
+                [results[name] for name in given],
+                list(leaves.values()),
+                [self._packed(t["d" + name]) if name in ("y", "cells") else t["d" + name] for name in given],
             )
             results |= dict(zip(leaves, gradients, strict=True))
+        sequences = [name for name in ("y", "cells", "dx") if name in results]
         if self.layout == "batch_first":
-            results |= {name: results[name].transpose(0, 1) for name in ("y", "cells", "dx") if name in results}
+            results |= {name: results[name].transpose(0, 1) for name in sequences}
+        if self.layout == "packed":
+            results |= {name: self._padded(results[name]) for name in sequences}
         return {name: value.detach() for name, value in results.items()}
+
+    def _packed(self, sequence: Tensor) -> Tensor:
+        if self.layout != "packed" or self.lengths is None:
+            return sequence
+        return pack_padded_sequence(sequence, list(self.lengths)).data
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        assert self.lengths is not None
+        batch_sizes = Packing.of_lengths(torch.tensor(self.lengths)).batch_sizes
+        return pad_packed_sequence(PackedSequence(rows, batch_sizes), total_length=self.T)[0]
 
     def call(
         self,
@@ -188,7 +206,14 @@ class RecurrentCase:
         lengths: Any,
         resets: Tensor | None = None,
     ) -> tuple[Any, ...]:
-        """The functional of the mode."""
+        """The functional of the mode; what modules call with packed rows, which functionals do not take."""
+        if self.layout == "packed":
+            y, h_n, c_n, cells = run_stack(
+                self.mode, x, initials[0], initials[1] if self.has_c else None, weights, self.bias, self.layers,
+                bidirectional=self.directions == 2, lengths=Packing.of_lengths(lengths),
+                recompute=self.recompute or None, return_cells=self.cells,
+            )  # fmt: skip
+            return y, h_n, *(state for state in (c_n, cells) if state is not None)
         settings: dict[str, Any] = {
             "has_biases": self.bias, "num_layers": self.layers, "bidirectional": self.directions == 2,
             "batch_first": self.layout == "batch_first", "lengths": lengths,
@@ -243,6 +268,13 @@ _EVERY = [
     RecurrentCase(3, 10, 4, 5, "in chunks, episodes that begin at their borders too", recompute="chunk", resets="some",
                   direction="bidirectional", states=True),
     RecurrentCase(3, 4, 5, 6, "batch first", layout="batch_first", states=True, lengths=(4, 2, 3)),
+    RecurrentCase(4, 5, 6, 7, "packed", layout="packed", lengths=(5, 3, 3, 1), states=True),
+    RecurrentCase(4, 13, 6, 7, "packed, both directions of a stack", layout="packed", lengths=(13, 11, 4, 1), layers=2,
+                  direction="bidirectional", states=True),
+    RecurrentCase(3, 4, 5, 6, "packed rows of one length", layout="packed", lengths=(4, 4, 4), cotangents=("h_n",)),
+    RecurrentCase(2, 1, 5, 7, "packed, T=1", layout="packed", lengths=(1, 1), states=True),
+    RecurrentCase(3, 10, 4, 5, "packed, in chunks", recompute="chunk", layout="packed", lengths=(10, 6, 2),
+                  direction="bidirectional", states=True),
     RecurrentCase(4, 5, 6, 7, "NaN behind the lengths", nan=True, lengths=(3, 0, 5, 1), states=True),
     RecurrentCase(2, 5, 6, 7, "NaN behind the lengths of a stack", layers=2, nan=True, lengths=(3, 4)),
     RecurrentCase(3, 6, 8, 9, "saturated gates: no inf / inf in tanh", scale=100.0, states=True),
@@ -286,6 +318,10 @@ LSTM_CASES = [
                   to_initial=True, lengths=(4, 0, 5), states=True),
     RecurrentCase(3, 5, 6, 7, "NaN behind the lengths, projection, both directions", R=4, nan=True, lengths=(3, 0, 4),
                   direction="bidirectional"),
+    RecurrentCase(3, 5, 5, 8, "packed, projection, both directions, no bias", R=3, direction="bidirectional",
+                  bias=False, layout="packed", lengths=(5, 4, 2), states=True),
+    RecurrentCase(3, 5, 5, 9, "packed, cells", cells=True, direction="bidirectional", layout="packed",
+                  lengths=(5, 4, 2), states=True),
     RecurrentCase(3, 6, 5, 17, "cells", cells=True, states=True),
     RecurrentCase(2, 1, 5, 7, "cells of T=1", cells=True, states=True),
     RecurrentCase(0, 3, 4, 5, "cells, B=0", cells=True),

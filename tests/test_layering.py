@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A part of rnnattn may import parts of the layers above its own line, and itself.
 LAYERS = (
     ("_version", "_C", "kernels", "reference", "transforms"),
+    ("packing",),
     ("checks", "autocast"),
     ("backends",),
     ("autograd",),

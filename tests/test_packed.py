@@ -102,6 +102,76 @@ def test_what_maps_or_differentiates_the_gradient_alone(backend: str) -> None:
         close(forward_ad.unpack_dual(found).tangent, gradient(tangent))
 
 
+@pytest.mark.parametrize("batch_sizes", ([2, 2], [2, 2, 2], [3, 1, 3], [4, 1, 0], [1, 4]), ids=str)
+def test_batch_sizes_that_do_not_fit(batch_sizes: list[int], chosen: str) -> None:
+    packed = PackedSequence(torch.randn(5, I, dtype=F64), torch.tensor(batch_sizes))
+    with pytest.raises(RuntimeError, match=r"batch_sizes: expected .* got"):
+        module("LSTM")(packed)
+
+
+def test_gaps_between_elements(chosen: str) -> None:
+    m, wide = module("GRU"), torch.randn(5, 2 * I, dtype=F64)
+    packed, dy = PackedSequence(wide[:, ::2], torch.tensor([3, 2])), torch.randn(4 * H, 5, dtype=F64).t()[:, ::2]
+    results = []
+    for data in (packed.data, packed.data.contiguous()):
+        leaf = data.detach().requires_grad_()
+        y = m(like(packed, leaf))[0].data
+        results.append((y.detach(), torch.autograd.grad(y, [leaf, *m.parameters()], dy)))
+    close(*results)
+
+
+def test_torchs_own_kernels_take_packed_rows() -> None:
+    """In the order of rows that torch.nn has, so that dropout between layers draws the same."""
+    theirs = torch.nn.LSTM(I, H, 2, dropout=0.5)
+    ours = rnnattn.LSTM(I, H, 2, dropout=0.5)
+    ours.load_state_dict(theirs.state_dict())
+    packed = pack_padded_sequence(torch.randn(5, 3, I), [2, 5, 3], enforce_sorted=False)
+    outputs = []
+    for m in (theirs, ours):
+        torch.manual_seed(1)
+        with rnnattn.use_backend("torch"):
+            outputs.append(m(packed)[0].data)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("backend", backend_parameters("cpp"))
+@pytest.mark.parametrize("precision", ("float", "bfloat16", "int8"))
+def test_prepared_modules(precision: str, backend: str) -> None:
+    m = rnnattn.GRU(I, H, 2, bidirectional=True).eval().prepare_inference(precision)
+    x, lengths = torch.randn(5, 3, I), [2, 5, 3]
+    with torch.inference_mode():
+        y, h = m(pack_padded_sequence(x, lengths, enforce_sorted=False))
+        close((pad_packed_sequence(y)[0], h), m(x, lengths=lengths))
+
+
+@pytest.mark.parametrize("backend", backend_parameters("cpp"))
+def test_the_operator_checks_lengths(backend: str) -> None:
+    x, h0, weights = torch.randn(5, I), torch.zeros(1, 2, H), [torch.zeros(H, I), torch.zeros(H, H)]
+
+    def run(lengths: Any, resets: Any = None) -> Any:
+        return torch.ops.rnnattn.recurrent_layer(
+            x, h0, None, weights, lengths, resets, False, False, "forward", "RNN_TANH", True, backend
+        )
+
+    assert run(torch.tensor([3, 2]))[0].shape == (5, H)
+    for lengths in (None, torch.tensor([2, 3]), torch.tensor([3, 3]), torch.tensor([5, 0]), torch.tensor([5])):
+        with pytest.raises(RuntimeError, match="lengths: expected"):
+            run(lengths)
+    with pytest.raises(RuntimeError, match="resets: expected none with a packed sequence"):
+        run(torch.tensor([3, 2]), torch.ones(3, 2, dtype=torch.bool))
+
+
+def test_compiled() -> None:
+    m = module("LSTM")
+    packed = pack_padded_sequence(torch.randn(5, 3, I, dtype=F64), [2, 5, 3], enforce_sorted=False)
+    data = packed.data.clone().requires_grad_()
+    results = []
+    for run in (m, torch.compile(m, backend="aot_eager")):
+        y, states = run(like(packed, data))
+        results.append((y.data.detach(), states, torch.autograd.grad(y.data.sum(), [data, *m.parameters()])))
+    close(*results)
+
+
 def test_with_another_default_device() -> None:
     m, packed = module("GRU"), pack_padded_sequence(torch.randn(3, 2, I, dtype=F64), [3, 2])
     want = m(packed)[0].data

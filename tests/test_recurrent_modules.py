@@ -267,30 +267,6 @@ def test_replaced_parameters_are_used(kind: str) -> None:
     close(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
-@kinds
-def test_autocast(kind: str, given: bool) -> None:
-    """As nn.LSTM: 16-bit inputs (what a Linear hands on) or fp32 ones, 16-bit results, fp32 gradients."""
-    linear, pool = nn.Linear(I, I), rnnattn.AttentionPool(H, "additive", batch_first=False)
-    theirs, ours = getattr(nn, kind)(I, H, 2), getattr(rnnattn, kind)(I, H, 2)
-    ours.load_state_dict(theirs.state_dict())
-    x, hx = torch.randn(4, 3, I), None
-    if given:
-        hx = tuple(torch.randn(2, 3, H) for _ in range(2)) if kind == "LSTM" else torch.randn(2, 3, H)
-    want = theirs(linear(x), hx)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        got, finals = ours(linear(x), hx)
-        from_fp32 = ours(x, hx)[0]
-        pooled = pool(got)
-        torchs = nn.LSTM(I, H, 2)(linear(x))[0]
-    assert torchs.dtype == torch.bfloat16
-    assert {t.dtype for t in (got, from_fp32, *each(finals))} == {torchs.dtype}
-    torch.testing.assert_close(got.float(), want, rtol=2**-5, atol=2**-6)
-    pooled.float().square().sum().backward()
-    for p in (*ours.parameters(), *pool.parameters(), linear.weight):
-        assert p.grad.dtype == torch.float32 and p.grad.abs().max() > 0
-
-
 @kinds
 def test_it_moves_and_freezes(kind: str) -> None:
     module, x = nn.Sequential(getattr(rnnattn, kind)(I, H)), torch.randn(4, 3, I)

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F64, backend_parameters, device_of, moved, runs, truth
+from cases import F64, OWN, backend_parameters, device_of, moved, runs, truth
 from regularised_cases import REGULARISED_CASES, RegularisedCase
 from tolerances import assert_close
 from torch import Tensor
+
+import rnnattn
 
 T, B, H = 6, 3, 5
 
@@ -83,18 +85,18 @@ def test_the_backward_refuses_what_does_not_fit(name: str, backend: str) -> None
     results = dict(zip(("y", "cells", "gates", "hidden", "rstd"), (y, *saved), strict=True))
     inputs = [value for key, value in given.items() if key not in ("save", "backend")]
     run = torch.ops.rnnattn.regularised_scan_backward
-    whole = run(y, None, None, None, *inputs, *results.values(), "cpp")
+    whole = run(y, None, None, None, *inputs, *results.values(), True, "cpp")
     apart = {key: torch.stack([value, torch.full_like(value, torch.nan)], -1)[..., 0] for key, value in results.items()}
     assert all(
         torch.equal(*both)
-        for both in zip(whole, run(y, None, None, None, *inputs, *apart.values(), "cpp"), strict=True)
+        for both in zip(whole, run(y, None, None, None, *inputs, *apart.values(), True, "cpp"), strict=True)
     )
     if name not in ("y", "cells"):
         with pytest.raises(RuntimeError, match=f"{name}: expected shape"):
-            run(y, None, None, None, *inputs, *(results | {name: results[name][:1]}).values(), "cpp")
+            run(y, None, None, None, *inputs, *(results | {name: results[name][:1]}).values(), True, "cpp")
     results[name].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=f"{name}: expected a tensor with data, got one whose storage was freed"):
-        run(torch.ones(T, B, H), None, None, None, *inputs, *results.values(), "cpp")
+        run(torch.ones(T, B, H), None, None, None, *inputs, *results.values(), True, "cpp")
 
 
 def test_a_gradient_needs_what_the_forward_saves() -> None:
@@ -110,3 +112,39 @@ def test_opcheck() -> None:
     leaves = [t[n].requires_grad_() for n in ("a", "h0", "c0", "w_hh", "b_hh", "norm_hh", "norm_c", "bias_c")]
     settings = (t["h_mask"], t["keep_h"], t["keep_c"], 0.0, 0.0, t["lengths"], None, False, False, "LSTM", True, "cpp")
     torch.library.opcheck(torch.ops.rnnattn.regularised_scan.default, (*leaves, *settings))
+
+
+@pytest.mark.parametrize("backend", backend_parameters(*OWN))
+@pytest.mark.parametrize("kind", ("LSTM", "GRU"))
+def test_gradients_to_be_differentiated_are_the_kernels(kind: str, backend: str) -> None:
+    device = device_of(backend)
+    m = getattr(rnnattn, kind)(3, 4, layer_norm=True, zoneout=0.2, device=device)
+    inputs = [torch.randn(5, 2, 3, device=device, requires_grad=True), *m.parameters()]
+
+    def loss(x: Tensor) -> Tensor:
+        torch.manual_seed(0)  # of the masks
+        return m(x)[0].square().sum()
+
+    with rnnattn.use_backend(backend):
+        first = torch.autograd.grad(loss(inputs[0]), inputs)
+        again = torch.autograd.grad(loss(inputs[0]), inputs, create_graph=True)
+        mapped = torch.func.grad(loss)(inputs[0])
+        second = torch.autograd.grad(sum(d.square().sum() for d in again), inputs)
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True)) and torch.equal(first[0], mapped)
+    with rnnattn.use_backend("reference"):
+        want = torch.autograd.grad(loss(inputs[0]), inputs, create_graph=True)
+        seconds = torch.autograd.grad(sum(d.square().sum() for d in want), inputs)
+    torch.testing.assert_close(second, seconds, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", backend_parameters(*OWN))
+def test_frozen_weights(backend: str) -> None:
+    """Get no gradients, and cost none; what is before them gets the same."""
+    m = rnnattn.LSTM(3, 4, layer_norm=True, zoneout=0.2).to(device_of(backend)).eval()
+    x = torch.randn(5, 2, 3, device=device_of(backend), requires_grad=True)
+    found = []
+    with rnnattn.use_backend(backend):
+        for frozen in (False, True):
+            m.requires_grad_(not frozen)
+            found += torch.autograd.grad(m(x)[0].sum(), x)
+    assert torch.equal(*found) and all(p.grad is None for p in m.parameters())

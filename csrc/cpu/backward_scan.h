@@ -84,10 +84,10 @@ class Backward {
     const int64_t unit = block * V * L, element = p.stored == Stored::kFull ? sizeof(F) : 2;
     lines.clear();
     for (int64_t i = first; i < first + rows; ++i) {
-      const int64_t t = time_of(p.rows, i, step), b = p.rows.row[i], at = t * p.B + b;
+      const int64_t t = time_of(p.rows, i, step), at = row_at(p.rows, i, t);
       for (int64_t g = 0; p.gates && g < gate_columns(p.mode); ++g) lines.add(p.gates, at * columns + g * p.H + unit, element, V * L);
-      if (p.dy) lines.add(p.dy, t * p.dy_step + b * p.dy_row + unit, element, V * L);
-      if (p.cells && step) lines.add(p.cells, (time_of(p.rows, i, step - 1) * p.B + b) * p.H + unit, sizeof(F), V * L);
+      if (p.dy) lines.add(p.dy, p.dy_first[t] + p.rows.row[i] * p.dy_row + unit, element, V * L);
+      if (p.cells && step) lines.add(p.cells, row_at(p.rows, i, time_of(p.rows, i, step - 1)) * p.H + unit, sizeof(F), V * L);
     }
     return lines.fetched();
   }
@@ -127,7 +127,7 @@ class Backward {
 
   Vec<F> output_gradient(int64_t i, int64_t step, int64_t column, int64_t n) {
     if (!p.dy) return Vec<F>{};
-    const int64_t at = time_of(p.rows, i, step) * p.dy_step + p.rows.row[i] * p.dy_row;
+    const int64_t at = p.dy_first[time_of(p.rows, i, step)] + p.rows.row[i] * p.dy_row;
     return load_stored<F>(p.stored, p.dy, at + column, n);
   }
 
@@ -152,8 +152,8 @@ class Backward {
   }
 
   void cell(int64_t i, int64_t step, int64_t unit, int64_t n, Vec<F> dh) {
-    const int64_t b = p.rows.row[i], t = time_of(p.rows, i, step), at = t * p.B + b;
-    const int64_t before = step ? time_of(p.rows, i, step - 1) * p.B + b : 0;
+    const int64_t b = p.rows.row[i], t = time_of(p.rows, i, step), at = row_at(p.rows, i, t);
+    const int64_t before = step ? row_at(p.rows, i, time_of(p.rows, i, step - 1)) : 0;
     const bool anew = is_reset(i, step);
     Vec<F> h{}, h_prev{};
     if constexpr (Cell::kNeedsH) h = load_stored<F>(p.stored, p.y, at * p.y_row + unit, n);

@@ -75,7 +75,7 @@ class Forward {
     int64_t count = 0;
     for (; step < end; ++step)
       for (int64_t i = 0; i < p.rows.n && p.rows.length[i] > step; ++i, ++count) {
-        const int64_t at = time_of(p.rows, i, step) * p.x_step + p.rows.row[i] * p.x_row;
+        const int64_t at = p.x_first[time_of(p.rows, i, step)] + p.rows.row[i] * p.x_row;
         const bool widen = !kNarrow && p.stored != Stored::kFull;
         Row* copy = copies + count * p.I;
         x_rows[count] = widen ? copy : static_cast<const Row*>(p.x) + at;
@@ -116,7 +116,7 @@ class Forward {
     const int64_t unit = block * Cell::kUnits * L, element = p.stored == Stored::kFull ? sizeof(F) : 2;
     lines.clear();
     for (int64_t i = first; i < first + rows; ++i) {
-      const int64_t at = time_of(p.rows, i, step) * p.B + p.rows.row[i];
+      const int64_t at = row_at(p.rows, i, time_of(p.rows, i, step));
       for (int64_t g = 0; g < gate_columns(p.mode); ++g)
         lines.add(p.gates, (at * gate_columns(p.mode) + g) * p.H + unit, element, Cell::kUnits * L);
       if (p.cells) lines.add(p.cells, at * p.H + unit, sizeof(F), Cell::kUnits * L);
@@ -143,21 +143,21 @@ class Forward {
     if (step < 0) return static_cast<const Row*>(p.h0) + b * p.R;
     if constexpr (!kNarrow)
       if (p.h) return kept(b, step);
-    return static_cast<const Row*>(p.y) + (time_of(p.rows, i, step) * p.B + b) * p.y_row;
+    return static_cast<const Row*>(p.y) + row_at(p.rows, i, time_of(p.rows, i, step)) * p.y_row;
   }
 
   F* kept(int64_t b, int64_t step) const { return p.h + (step % 2 * p.B + b) * p.R; }
 
   // h leaves the step: into y, and into the states to be read as F where y is rounded and products are not.
   void put(int64_t i, int64_t step, int64_t unit, int64_t n, Vec<F> h) {
-    const int64_t at = (time_of(p.rows, i, step) * p.B + p.rows.row[i]) * p.y_row;
+    const int64_t at = row_at(p.rows, i, time_of(p.rows, i, step)) * p.y_row;
     const Vec<F> rounded = store_as(p.stored, p.y, at + unit, h, n);
     if (p.h) store<F>(kept(p.rows.row[i], step) + unit, rounded, n);
   }
 
   void units(int64_t block, int64_t step, int64_t first, int64_t rows, const F* gates_x, const F* sums) {
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t i = first + r, b = p.rows.row[i], at = time_of(p.rows, i, step) * p.B + b;
+      const int64_t i = first + r, b = p.rows.row[i], at = row_at(p.rows, i, time_of(p.rows, i, step));
       const F* c_prev = (is_reset(i, step) ? p.resets.c : p.c) + b * p.H;
       for (int64_t u = 0; u < Cell::kUnits; ++u) {
         const int64_t unit = (block * Cell::kUnits + u) * L, left = p.H - unit, n = left < L ? left : L;

@@ -16,7 +16,7 @@ class PreparedStack {
  public:
   virtual ~PreparedStack() = default;
 
-  // y, h_n and c_n (undefined without a cell state); x [T, B, I], h0 [L K, B, R], c0 [L K, B, H].
+  // y, h_n and c_n (undefined without a cell state); x [T, B, I] or packed, h0 [L K, B, R], c0 [L K, B, H].
   virtual std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const at::Tensor& x, const at::Tensor& h0, const OptionalTensor& c0,
                                                              const OptionalTensor& lengths, const OptionalTensor& resets,
                                                              bool reset_to_initial) const = 0;

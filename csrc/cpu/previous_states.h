@@ -10,9 +10,9 @@
 
 namespace rnnattn {
 
-// Where the (step, row) pairs inside their row's length stand in [T, B], slot by slot.
+// Where the (step, row) pairs inside their row's length stand in x and y, slot by slot.
 struct Slots {
-  Tensor all;            // [slots], t * B + b
+  Tensor all;            // [slots]
   Tensor first, rows;    // slots at which a scan starts from an initial state, and their rows b
   Tensor zero;           // slots at which it starts from zeros
   Tensor others, before; // the other slots, and where the step before stands
@@ -24,11 +24,11 @@ struct Slots {
     order.for_rows([&](int64_t b, int64_t length, int64_t place) {
       for (int64_t t = 0; t < length; ++t) {
         const int64_t slot = order.slot(t, place), before_t = reverse ? t + 1 : t - 1;
-        all.data_ptr<int64_t>()[slot] = t * B + b;
+        all.data_ptr<int64_t>()[slot] = order.at(t, b);
         const bool anew = resets && is_reset(resets, B, b, length, reverse, t);
         if (anew && !reset_to_initial) zeros.push_back(slot);
         else if (anew || before_t < 0 || before_t >= length) starts.push_back(slot), start_rows.push_back(b);
-        else rest.push_back(slot), previous.push_back(before_t * B + b);
+        else rest.push_back(slot), previous.push_back(order.at(before_t, b));
       }
     });
     const auto tensor = [&](const std::vector<int64_t>& v) { return at::tensor(v, integers); };
@@ -45,7 +45,7 @@ inline Tensor outer_sum(const Tensor& a, const Tensor& b) {
   return outer_into(workspace({a.size(1), b.size(1)}, a.options()), a, b);
 }
 
-// Those of one direction: y [T, B, R], h0 [B, R].
+// Those of one direction: y [T, B, R] or packed, h0 [B, R].
 struct PreviousStates {
   const Tensor y, h0;
   const RowOrder& order;
@@ -58,7 +58,7 @@ struct PreviousStates {
 
   // out [slots, R]
   void copy_to(const Tensor& out) const {
-    const int64_t T = y.size(0), B = y.size(1), R = y.size(2);
+    const int64_t T = y.size(0), B = h0.size(0), R = h0.size(1);
     if (in_order()) {
       out.narrow(0, reverse ? (T - 1) * B : 0, B).copy_(h0);
       out.narrow(0, reverse ? 0 : B, (T - 1) * B).view({T - 1, B, R}).copy_(y.narrow(0, reverse, T - 1));
@@ -67,12 +67,12 @@ struct PreviousStates {
     const Slots slots(order, B, reverse, flags(resets), reset_to_initial);
     out.index_fill_(0, slots.zero, 0);
     out.index_copy_(0, slots.first, h0.index_select(0, slots.rows).to(out.scalar_type()));
-    out.index_copy_(0, slots.others, y.reshape({T * B, R}).index_select(0, slots.before).to(out.scalar_type()));
+    out.index_copy_(0, slots.others, y.reshape({-1, R}).index_select(0, slots.before).to(out.scalar_type()));
   }
 
   // The sum over all steps of d_t (x) h_{t-1}, [columns of d, R].
   Tensor product(const Tensor& d) const {
-    const int64_t T = y.size(0), B = y.size(1), R = y.size(2);
+    const int64_t T = y.size(0), B = h0.size(0), R = h0.size(1);
     if (!in_order()) {
       const Tensor h = workspace({order.slots, R}, d.options());
       copy_to(h);

@@ -31,7 +31,8 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   const auto reverses = parse_direction(direction);
   const auto acc = c10::CppTypeToScalarType<F>::value;
   const auto dtype = x.scalar_type();
-  const int64_t T = x.size(0), B = x.size(1), I = x.size(2), K = h0.size(0), R = h0.size(2);
+  const BatchShape shape = batch_shape(x, h0.size(1), lengths);
+  const int64_t T = shape.T, B = shape.B, I = x.size(-1), K = h0.size(0), R = h0.size(2);
   const int64_t columns = gate_columns(mode), used = weight_gates(mode), H = weights[0].size(0) / used;
   const bool lstm = mode == Mode::kLstm, gru = mode == Mode::kGru;
   const auto full = x.options().dtype(acc);
@@ -49,13 +50,13 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   const auto zeros_like = [&](const Tensor& t) { return resets && reset_to_initial ? at::zeros_like(t) : Tensor(); };
   const Tensor dh_reset = zeros_like(dh), dc_reset = zeros_like(dc);
   OptionalTensor dy = dy_given;
-  if (dy && dy->stride(2) != 1) dy = dy->contiguous();
+  if (dy && dy->stride(-1) != 1) dy = dy->contiguous();
   const Tensor d_cells = dcells ? dcells->to(acc).contiguous() : Tensor();
 
   std::vector<PackedMatrix<F>> matrices;  // per direction: w_hh, (w_hr)
   for (const auto& w : parts) {
     matrices.push_back(packed_columns<F>(w.w_hh, false));
-    if (narrow || keeps_bfloat16(dtype, mean_rows(lengths, T, B))) matrices.back().packing.panel = Panel::kBFloat16;
+    if (narrow || keeps_bfloat16(dtype, mean_rows(lengths, shape))) matrices.back().packing.panel = Panel::kBFloat16;
     if (projected) matrices.push_back(packed_columns<F>(w.w_hr, false));
   }
   const bool one_step = T == 1 && !lengths;  // takes a product with w_hh for dh0 alone: not worth packing it
@@ -68,11 +69,12 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
 
   const int64_t element = narrow ? 2 : sizeof(F);
   const Plan plan =
-      plan_layer({mode, T, B, I, H, R, static_cast<int>(K), mean_rows(lengths, T, B), element, lanes, true}, team_size());
-  const RowOrder order(lengths, T, B, plan.groups);
+      plan_layer({mode, T, B, I, H, R, static_cast<int>(K), mean_rows(lengths, shape), element, lanes, true}, team_size());
+  const RowOrder order(lengths, shape, plan.groups);
+  const std::vector<int64_t> dy_first = dy ? order.first_elements(dy->stride(0), dy->stride(-2)) : std::vector<int64_t>();
   // The scan reads a unit's gates just before it writes their gradients: into the same memory, where nobody else
   // reads it afterwards, or into memory that the system first has to find and to clear.
-  const bool in_place = overwrites && gates.numel() && gates.scalar_type() == operand && !order.ragged && !projected;
+  const bool in_place = overwrites && gates.numel() && gates.scalar_type() == operand && order.slots == order.places && !projected;
   const Tensor d_gates =
       in_place ? gates.view({K, order.slots, columns * H}) : workspace({K, order.slots, columns * H}, full.dtype(operand));
   const Tensor d_bias = wanted.dweights && has_biases ? at::zeros({K, plan.groups, columns * H}, full) : none;
@@ -94,24 +96,25 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
     const BackwardScan<F> scan{mode, stored_as(dtype), T, B, H, R, order.group(group, reverses[k]), barrier,
                                matrices[k * each].packing.panel, matrices[k * each].data(),
                                projected ? static_cast<const F*>(matrices[k * each + 1].data()) : nullptr,
-                               dy ? at_bytes(*dy, k * R) : nullptr, dy ? dy->stride(0) : 0, dy ? dy->stride(1) : 0,
-                               at_bytes(y, k * R), K * R, at_bytes(gates, k * T * B * columns * H), pointer(cells, T * B * H),
+                               dy ? at_bytes(*dy, k * R) : nullptr, dy_first.data(), dy ? dy->stride(-2) : 0,
+                               at_bytes(y, k * R), K * R, at_bytes(gates, k * order.places * columns * H), pointer(cells, order.places * H),
                                pointer(h0_full, B * R), pointer(c0_full, B * H), pointer(dh, B * R), pointer(dc, B * H),
                                static_cast<char*>(d_gates.data_ptr()) + k * order.slots * columns * H * d_gates.element_size(),
                                d_bias.numel() ? d_bias.data_ptr<F>() + (k * plan.groups + group) * columns * H : nullptr,
                                pointer(dh_out, order.slots * R),
                                {flags(resets), pointer(h_reset, B * R), pointer(c_reset, B * H)}, pointer(dh_reset, B * R),
-                               pointer(dc_reset, B * H), pointer(d_cells, T * B * H)};
+                               pointer(dc_reset, B * H), pointer(d_cells, order.places * H)};
     if constexpr (std::is_same_v<F, float>)
       if (narrow) return kernel_table().bfloat16->backward_scan(scan, member);
     kernels<F>().backward_scan(scan, member);
   });
 
   if (dh_reset.defined()) dh.add_(dh_reset), dc.add_(dc_reset);
-  const Tensor rows = order.ragged ? Slots(order, B, false).all : Tensor();
+  const bool padded = order.ragged && !order.packed;
+  const Tensor rows = padded ? Slots(order, B, false).all : Tensor();
   const auto packed = [&](const Tensor& t) {  // [T, B, n] -> [slots, n]
-    const Tensor flat = t.reshape({T * B, t.size(2)});
-    return (order.ragged ? flat.index_select(0, rows) : flat).to(operand);
+    const Tensor flat = t.reshape({order.places, t.size(-1)});
+    return (padded ? flat.index_select(0, rows) : flat).to(operand);
   };
   const Tensor x_packed = wanted.dweights ? packed(x) : Tensor();
   Tensor dx;
@@ -134,7 +137,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
         else dx = workspace({order.slots, I}, d.options()), at::mm_out(dx, d_part, w_part);
       }
     if (!wanted.dweights) continue;
-    const PreviousStates h_prev{y.narrow(2, k * R, R), h0[k], order, reverses[k], resets, reset_to_initial};
+    const PreviousStates h_prev{y.narrow(-1, k * R, R), h0[k], order, reverses[k], resets, reset_to_initial};
     if (parts_x.size() == 1 && order.slots >= used * H && I + R <= kColumnsOfOneGemm) {
       const Tensor inputs = workspace({order.slots, I + R}, d.options());
       inputs.narrow(1, 0, I).copy_(x_packed);
@@ -154,12 +157,12 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
       if (gru) dweights.push_back(sums.narrow(0, H, 3 * H).to(dtype, false, true));  // not a view
     }
     if (projected) {
-      const Tensor h_raw = (gates[k].narrow(2, 3 * H, H).to(acc) * cells[k].tanh()).to(dtype);
+      const Tensor h_raw = (gates[k].narrow(-1, 3 * H, H).to(acc) * cells[k].tanh()).to(dtype);
       dweights.push_back(at::mm(dh_out[k].t(), packed(h_raw)).to(dtype));
     }
   }
-  if (wanted.dx && order.ragged) dx = at::zeros({T * B, I}, dx.options()).index_copy_(0, rows, dx);
-  return {wanted.dx ? dx.to(dtype).view({T, B, I}) : none, wanted.dh0 ? dh.to(dtype) : none, lstm ? dc.to(dtype) : none, dweights};
+  if (wanted.dx && padded) dx = at::zeros({T * B, I}, dx.options()).index_copy_(0, rows, dx);
+  return {wanted.dx ? dx.to(dtype).view(x.sizes()) : none, wanted.dh0 ? dh.to(dtype) : none, lstm ? dc.to(dtype) : none, dweights};
 }
 
 Gradients backward_operator(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,

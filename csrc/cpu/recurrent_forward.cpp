@@ -35,21 +35,29 @@ char* bytes(const Tensor& t, int64_t index) { return static_cast<char*>(t.data_p
 template <typename F>
 void finish_rows(const RowOrder& order, const std::vector<bool>& reverses, const Tensor& y, const Tensor& h0, const Tensor& h_n,
                  const Tensor& gates, const Tensor& cells, const Tensor& c0, const Tensor& c_n) {
-  const int64_t T = y.size(0), B = y.size(1), K = h0.size(0), R = h0.size(2), element = y.element_size();
+  const int64_t T = order.packed ? 0 : y.size(0), B = h0.size(1), K = h0.size(0), R = h0.size(2), element = y.element_size();
   for (int64_t k = 0; k < K; ++k)
     order.for_rows([&](int64_t b, int64_t length, int64_t) {
-      const auto y_at = [&](int64_t t) { return bytes(y, ((t * B + b) * K + k) * R); };
+      const auto y_at = [&](int64_t t) { return bytes(y, (order.at(t, b) * K + k) * R); };
       const int64_t row = k * B + b;
       std::memcpy(bytes(h_n, row * R), length ? y_at(reverses[k] ? 0 : length - 1) : bytes(h0, row * R), R * element);
       for (int64_t t = length; t < T; ++t) {
         std::memset(y_at(t), 0, R * element);
-        const int64_t at = (k * T + t) * B + b;
+        const int64_t at = k * order.places + order.at(t, b);
         if (gates.numel()) std::memset(bytes(gates, at * gates.size(3)), 0, gates.size(3) * element);
         if (!cells.numel()) continue;
         const int64_t H = cells.size(3);
         std::copy_n((reverses[k] ? c0 : c_n).template const_data_ptr<F>() + row * H, H, cells.template data_ptr<F>() + at * H);
       }
     });
+}
+
+// [K, T, B, n] for x [T, B, I], and [K, slots, n] for a packed one.
+at::DimVector sizes_of_steps(int64_t K, const Tensor& x, int64_t n) {
+  at::DimVector sizes{K};
+  sizes.append(x.sizes().begin(), x.sizes().end() - 1);
+  sizes.push_back(n);
+  return sizes;
 }
 
 // Outputs that there are not are undefined.
@@ -60,16 +68,18 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
   check_allocated("x", x_given), check_allocated("h0", h0), check_allocated("c0", c0);
   const auto acc = c10::CppTypeToScalarType<F>::value;
   const Stored stored = stored_as(x_given.scalar_type());
-  const Tensor x = x_given.stride(2) == 1 || x_given.size(2) == 1 ? x_given : x_given.contiguous();
-  const int64_t T = x.size(0), B = x.size(1), I = x.size(2), K = h0.size(0), R = h0.size(2), H = weights[0].ih.packing.width;
+  const Tensor x = x_given.stride(-1) == 1 || x_given.size(-1) == 1 ? x_given : x_given.contiguous();
+  const BatchShape shape = batch_shape(x, h0.size(1), lengths);
+  TORCH_CHECK(!resets || !shape.packed, "resets: expected none with a packed sequence");
+  const int64_t T = shape.T, B = shape.B, I = x.size(-1), K = h0.size(0), R = h0.size(2), H = weights[0].ih.packing.width;
   const int64_t columns = gate_columns(mode), lanes = kernels<F>().lanes;
   const int64_t blocks = weights[0].ih.blocks, block = weight_gates(mode) * unit_vectors(mode) * lanes;
   const bool lstm = mode == Mode::kLstm, saves_gates = save && columns > 1, projected = weights[0].hr.has_value();
   const auto options = x.options(), full = options.dtype(acc);
 
-  const Tensor y = in_huge_pages(at::empty({T, B, K * R}, options));
-  const Tensor gates = saves_gates ? workspace({K, T, B, columns * H}, options) : Tensor();
-  const Tensor cells = save && lstm ? workspace({K, T, B, H}, full) : Tensor();
+  const Tensor y = in_huge_pages(at::empty(at::IntArrayRef(sizes_of_steps(K, x, K * R)).slice(1), options));
+  const Tensor gates = saves_gates ? workspace(sizes_of_steps(K, x, columns * H), options) : Tensor();
+  const Tensor cells = save && lstm ? workspace(sizes_of_steps(K, x, H), full) : Tensor();
   const bool narrow = weights[0].ih.packing.panel == Panel::kBFloat16 && multiplies_bfloat16(x.scalar_type(), projected);
   const Tensor h0_given = h0.contiguous(), h0_rows = narrow ? h0_given : h0_given.to(acc);
   const Tensor c0_full = lstm ? c0->to(acc).contiguous() : Tensor(), c = lstm ? at::empty({K, B, H}, full) : Tensor();
@@ -90,12 +100,13 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
     if (w.hr) pack(*w.hr);
   }
 
-  const double rows = mean_rows(lengths, T, B);
+  const double rows = mean_rows(lengths, shape);
   const int directions = static_cast<int>(K);
   const int64_t element = narrow ? 2 : sizeof(F);
   const int64_t shared_rows = unpacked ? 1 : B;  // threads that share the rows would each pack all weights
   const Plan plan = plan_layer({mode, T, shared_rows, I, H, R, directions, rows, element, lanes, false}, team_size());
-  const RowOrder order(lengths, T, B, plan.groups);
+  const RowOrder order(lengths, shape, plan.groups);
+  const std::vector<int64_t> x_first = order.first_elements(x.stride(0), x.stride(-2));
   const int64_t group_rows = (B + plan.groups - 1) / plan.groups;
 
   const auto chunk_of = [&](int members) {
@@ -128,11 +139,11 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
     };
     const auto stored_part = [&](const Tensor& t, int64_t stride) -> void* { return t.numel() ? bytes(t, k * stride) : nullptr; };
     const ForwardScan<F> scan{mode, stored, T, B, I, H, R, order.group(group, reverses[k]), barrier,
-                              x.const_data_ptr(), x.stride(0), x.stride(1), w.ih.packing, w.hh.packing,
+                              x.const_data_ptr(), x_first.data(), x.stride(-2), w.ih.packing, w.hh.packing,
                               w.ih.packing.panel, w.ih.data(), w.hh.data(), part(w.scale_ih, 0), part(w.scale_hh, 0), part(w.bias, 0),
                               part(w.bias_q, 0), w.hr ? static_cast<const F*>(w.hr->data()) : nullptr, bytes(h0_rows, k * B * R),
                               part(h, 2 * B * R), part(h_raw, B * H), part(c, B * H), stored_part(y, R), K * R,
-                              stored_part(gates, T * B * columns * H), part(cells, T * B * H), chunk_of(members), calls,
+                              stored_part(gates, order.places * columns * H), part(cells, order.places * H), chunk_of(members), calls,
                               {flags(resets), h_reset.defined() ? bytes(h_reset, k * B * R) : nullptr, part(c_reset, B * H)}};
     if constexpr (std::is_same_v<F, float>)
       if (narrow) return kernel_table().bfloat16->forward_scan(scan, member);
@@ -217,12 +228,12 @@ class Stack final : public PreparedStack {
   mutable std::vector<std::vector<ForwardWeights<F>>> layers_;  // [layer][direction]; forward() packs what is not, here nothing
 };
 
-// A stack of layers over prepared weights, without dropout; x [T, B, I], h0 [L K, B, R], c0 [L K, B, H].
+// A stack of layers over prepared weights, without dropout; x [T, B, I] or packed, h0 [L K, B, R], c0 [L K, B, H].
 std::tuple<Tensor, Tensor, Tensor> prepared_forward(const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
                                                     const OptionalTensor& lengths, const OptionalTensor& resets,
                                                     bool reset_to_initial, at::TensorList prepared, bool bidirectional,
                                                     std::string_view mode, int64_t H) {
-  const auto stack = prepared_stack(prepared.vec(), bidirectional, mode, x.scalar_type(), x.size(2), H, h0.size(2));
+  const auto stack = prepared_stack(prepared.vec(), bidirectional, mode, x.scalar_type(), x.size(-1), H, h0.size(2));
   auto [y, h_n, c_n] = stack->run(x, h0, c0, contiguous(lengths), contiguous(resets), reset_to_initial);
   return {y, h_n, or_empty(c_n, x.options())};
 }
@@ -248,7 +259,7 @@ Outputs recurrent_layer_forward(const Tensor& x, const Tensor& h0, const Optiona
     using F = decltype(zero);
     auto packed = forward_weights<F>(weights, has_biases, h0.size(0), mode, weights[0].size(0) / weight_gates(mode));
     const auto dtype = weights[0].scalar_type();
-    if (multiplies_bfloat16(dtype, packed[0].hr.has_value()) || keeps_bfloat16(dtype, mean_rows(lengths, x.size(0), x.size(1))))
+    if (multiplies_bfloat16(dtype, packed[0].hr.has_value()) || keeps_bfloat16(dtype, mean_rows(lengths, batch_shape(x, h0.size(1), lengths))))
       for (auto& w : packed) w.ih.packing.panel = w.hh.packing.panel = Panel::kBFloat16;
     const auto [y, h_n, c_n, gates, cells] = forward<F>(x, h0, c0, packed, lengths, contiguous(resets), reset_to_initial,
                                                               parse_direction(direction), mode, save);

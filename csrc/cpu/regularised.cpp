@@ -57,7 +57,7 @@ void run_rows(Mode mode, at::ScalarType stored, int64_t T, int64_t B, const Tens
   const int64_t H = w_hh.size(1), rows = (B + groups - 1) / groups;
   PackedMatrix<F> panels = packed_columns<F>(w_hh, transposed);
   panels.allocate();
-  const RowOrder order(given.lengths, T, B, groups);
+  const RowOrder order(given.lengths, {T, B}, groups);
   run_layer<F>({groups, 1, groups}, 1, {&panels}, [&](int) { return ScratchSize{numbers(mode, rows, H), rows}; },
                [&](int, int group, int, int, Barrier*, F* memory, const void** pointers) {
                  scan(RegularisedScan<F>{mode, stored_as(stored), T, B, H, order.group(group, reverse),

@@ -33,7 +33,7 @@ class RegularisedBackwardScan {
 
  private:
   void enter(int64_t i, int64_t step) {
-    const int64_t row = p.rows.row[i], at = time_of(p.rows, i, step) * p.B + row;
+    const int64_t row = p.rows.row[i], at = row_at(p.rows, i, time_of(p.rows, i, step));
     F *dh = p.dh + row * p.H, *dc = kLstm ? p.dc + row * p.H : nullptr;
     for_lanes<F>(0, saved, [&](int64_t k, int64_t n) { store<F>(gates + k, load_stored<F>(p.stored, p.gates, at * saved + k, n), n); });
     for_lanes<F>(0, p.H, [&](int64_t k, int64_t n) {

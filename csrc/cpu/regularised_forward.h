@@ -48,7 +48,7 @@ class RegularisedForwardScan {
   }
 
   void leave(int64_t i, int64_t step) {
-    const int64_t row = p.rows.row[i], at = time_of(p.rows, i, step) * p.B + row;
+    const int64_t row = p.rows.row[i], at = row_at(p.rows, i, time_of(p.rows, i, step));
     F *b = products + i * width, *h = p.h + row * p.H, *c = p.c + row * p.H;
     if (p.norm_hh) normalise(b, at);
     for_lanes<F>(0, p.H, [&](int64_t unit, int64_t n) {

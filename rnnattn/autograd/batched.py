@@ -50,8 +50,8 @@ def _mapped(run: Callable[..., Any], arguments: Any, in_dims: Any, size: int) ->
 
 
 def _one(t: Tensor) -> Tensor:
-    """Zeros of t's shape, with 1 where it is 0."""
-    return t.new_zeros([max(size, 1) for size in t.shape])
+    """t, or zeros of its shape with 1 where it is 0."""
+    return t if t.numel() else t.new_zeros([max(size, 1) for size in t.shape])
 
 
 def _tensors(arguments: Any) -> list[Tensor]:

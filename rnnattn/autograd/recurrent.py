@@ -2,7 +2,8 @@
 
 Shapes and equations: `rnnattn.reference.recurrent`. The operator's contract is the whole layer, so that
 a backend decides by itself where the input product goes and what one launch covers. What a mode does
-not have (c_n, gates, cells, dc0) is an empty tensor here.
+not have (c_n, gates, cells, dc0) is an empty tensor here. Of backends that read packed sequences x may
+be one, [N, I] with lengths that fall: y, gates, cells and their gradients then have N in the place of T, B.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from rnnattn import backends
 from rnnattn.autograd.batched import map_one_by_one, one_by_one
 from rnnattn.autograd.eager import is_eager, is_last_use
 from rnnattn.autograd.equations import first_gradients, second_gradients
+from rnnattn.packing import Packing
 from rnnattn.reference import (
     CELLS,
     DIRECTIONS,
@@ -62,15 +64,15 @@ def _forward(  # type: ignore[no-untyped-def]
 def _forward_fake(  # type: ignore[no-untyped-def]
     x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save, backend
 ):
-    T, B, _ = x.shape
-    K, _, R = h0.shape
+    steps = x.shape[:-1]
+    K, B, R = h0.shape
     cell, H = CELLS[mode], R if c0 is None else c0.shape[-1]
     return (
-        x.new_empty(T, B, K * R),
+        x.new_empty(*steps, K * R),
         x.new_empty(K, B, R),
         x.new_empty((K, B, H) if cell.has_c else 0),
-        x.new_empty((K, T, B, cell.saved * H) if save and cell.saved else 0),
-        x.new_empty(K, T, B, H, dtype=accumulation_dtype(x.dtype)) if save and cell.has_c else x.new_empty(0),
+        x.new_empty((K, *steps, cell.saved * H) if save and cell.saved else 0),
+        x.new_empty(K, *steps, H, dtype=accumulation_dtype(x.dtype)) if save and cell.has_c else x.new_empty(0),
     )
 
 
@@ -158,6 +160,13 @@ def _equations(lengths: Tensor | None, *settings: Any) -> Any:
     """The outputs of the reference that have cotangents, as a function of its differentiable inputs."""
 
     def forward(x: Tensor, h0: Tensor, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
+        if x.dim() == 2:
+            assert lengths is not None
+            packing = Packing.of_lengths(lengths)
+            y, h_n, c_n, cells = forward(packing.padded(x), h0, c0, *weights)
+            if c0 is not None:
+                cells = packing.packed(cells.movedim(0, 2)).movedim(1, 0)
+            return packing.packed(y), h_n, c_n, cells
         y, h_n, c_n, _, cells = recurrent_layer_forward(x, h0, c0, list(weights), lengths, *settings)
         return y, h_n, c_n, cells if c0 is None else zero_invalid(cells, lengths)
 

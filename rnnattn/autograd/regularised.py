@@ -6,15 +6,16 @@ a seed gives the same numbers on every backend. What a mode does not have is an 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rnnattn import backends
-from rnnattn.autograd.batched import map_one_by_one
+from rnnattn.autograd.batched import map_one_by_one, one_by_one
 from rnnattn.autograd.eager import is_eager
-from rnnattn.autograd.equations import first_gradients
+from rnnattn.autograd.equations import first_gradients, second_gradients
 from rnnattn.reference import CELLS, regularised_scan_forward
 from rnnattn.transforms import is_transformed, want_equations
 
@@ -24,6 +25,8 @@ _INPUTS = (
     "Tensor? resets, bool reset_to_initial, bool reverse, str mode"
 )
 _DIFFERENTIABLE = 8  # the first inputs
+_WEIGHTS = slice(3, 8)  # of these
+_NUMBER = 18  # of all
 
 torch.library.define(
     "rnnattn::regularised_scan",
@@ -33,7 +36,7 @@ torch.library.define(
 torch.library.define(
     "rnnattn::regularised_scan_backward",
     f"(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, {_INPUTS}, Tensor y, Tensor cells, Tensor gates, "
-    "Tensor hidden, Tensor rstd, str backend) -> Tensor[]",
+    "Tensor hidden, Tensor rstd, bool needs_dweights, str backend) -> Tensor[]",
 )
 
 
@@ -66,8 +69,10 @@ def _backward(*arguments):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("rnnattn::regularised_scan_backward")
 def _backward_fake(*arguments):  # type: ignore[no-untyped-def]
-    inputs = arguments[4 : 4 + _DIFFERENTIABLE]
-    return [inputs[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+    inputs, needs_dweights = list(arguments[4 : 4 + _DIFFERENTIABLE]), arguments[-2]
+    if not needs_dweights:
+        inputs[_WEIGHTS] = [None] * 5
+    return [inputs[0].new_empty(0 if t is None else t.shape) for t in inputs]
 
 
 torch.library.impl("rnnattn::regularised_scan", "CompositeExplicitAutograd", _forward)
@@ -96,27 +101,69 @@ class RegularisedScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy, dh_n, dc_n, dcells, *_):  # type: ignore[no-untyped-def]
-        return *_gradients(ctx, dy, dh_n, dc_n, dcells), None
+        return *_gradients(ctx, (dy, dh_n, dc_n, dcells)), None
 
 
-def _gradients(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
+def _gradients(ctx: Any, cotangents: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """One for each input of the operator."""
     given, backend = ctx.settings
     tensors = list(ctx.saved_tensors)
     inputs = [tensors.pop(0) if t is None else t[0] for t in given]
     leaves, settings = inputs[:_DIFFERENTIABLE], inputs[_DIFFERENTIABLE:]
-    rest = [None] * len(settings)
-    if want_equations(*cotangents, *leaves) or torch.is_grad_enabled():
+    needs: list[bool] = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
+    needs_dweights = any(needs[_WEIGHTS])
+    gradients: Sequence[Tensor | None]
+    if want_equations(*cotangents, *leaves) or (torch.is_grad_enabled() and backend == "reference"):
+        gradients = first_gradients(_equations(settings), leaves, cotangents)
+    else:
+        run = ScanGradients.apply if torch.is_grad_enabled() else _run_backward
+        gradients = run(*cotangents, *inputs, *tensors, needs_dweights, backend)
+    wanted = [t is not None and need for t, need in zip(leaves, needs, strict=True)]
+    return [*(d if want else None for d, want in zip(gradients, wanted, strict=True)), *[None] * len(settings)]
 
-        def forward(*values: Tensor | None) -> tuple[Tensor, ...]:
-            return regularised_scan_forward(*values, *settings)  # type: ignore[arg-type]
 
-        return [*first_gradients(forward, leaves, cotangents), *rest]
-    run: Any = torch.ops.rnnattn.regularised_scan_backward
-    if all(is_eager(t) for t in (leaves[0], *cotangents) if t is not None):
-        run = _backward
-    gradients = run(*cotangents, *inputs, *tensors, backend)
-    return [*(None if t is None else d for t, d in zip(leaves, gradients, strict=True)), *rest]
+def _run_backward(*arguments):  # type: ignore[no-untyped-def]
+    by_hand = all(is_eager(t) for t in (arguments[4], *arguments[:4]) if t is not None)
+    run: Any = _backward if by_hand else torch.ops.rnnattn.regularised_scan_backward
+    return run(*arguments)
+
+
+def _equations(settings: list[Any]) -> Any:
+    """The outputs of the reference that have cotangents, as a function of its differentiable inputs."""
+
+    def forward(*values: Tensor | None) -> tuple[Tensor, ...]:
+        return regularised_scan_forward(*values, *settings)  # type: ignore[arg-type]
+
+    return forward
+
+
+class ScanGradients(torch.autograd.Function):
+    """`rnnattn::regularised_scan_backward` that can be differentiated, by the equations."""
+
+    @staticmethod
+    def forward(*arguments):  # type: ignore[no-untyped-def]
+        return tuple(_run_backward(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        given = inputs[: 4 + _NUMBER]
+        ctx.save_for_backward(*(t if isinstance(t, Tensor) else None for t in given))
+        ctx.settings = [None if isinstance(t, Tensor) else t for t in given], inputs[-2]
+
+    @staticmethod
+    def backward(ctx: Any, *seconds):  # type: ignore[no-untyped-def]
+        """y and what else was saved are functions of the other inputs here: no gradient is theirs."""
+        settings, needs_dweights = ctx.settings
+        given = [s if t is None else t for t, s in zip(ctx.saved_tensors, settings, strict=True)]
+        leaves, asked = given[4 : 4 + _DIFFERENTIABLE], list(seconds)
+        if not needs_dweights:
+            asked[_WEIGHTS] = [None] * 5
+        forward = _equations(given[4 + _DIFFERENTIABLE :])
+        of_leaves, of_cotangents = second_gradients(forward, leaves, given[:4], asked)
+        return *of_cotangents, *of_leaves, *[None] * (_NUMBER - _DIFFERENTIABLE + 7)
+
+    vmap = staticmethod(one_by_one(lambda *arguments: ScanGradients.apply(*arguments)))
 
 
 # The operator called directly (an exported graph, a compiled call) differentiates by the same rule.
@@ -128,7 +175,7 @@ def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _op_backward(ctx: Any, dy, dh_n, dc_n, dcells, *_):  # type: ignore[no-untyped-def]
-    return *_gradients(ctx, dy, dh_n, dc_n, dcells), None, None
+    return *_gradients(ctx, (dy, dh_n, dc_n, dcells)), None, None
 
 
 torch.library.register_autograd("rnnattn::regularised_scan", _op_backward, setup_context=_setup_op_context)

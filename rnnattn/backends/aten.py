@@ -18,6 +18,7 @@ from rnnattn.reference.attention_pool import kept_steps
 
 class Torch(Backend):
     name = "torch"
+    reads_packed = True
 
     def unsupported(self, call: Call) -> str | None:
         if call.recurrent and call.compiling:
@@ -54,12 +55,19 @@ class Torch(Backend):
         training: bool,
         bidirectional: bool,
         lengths: Tensor | None,
+        batch_sizes: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A stack of layers: y, h_n, c_n; x [T, B, I], h0 [L * K, B, R], c0 [L * K, B, H] (LSTM)."""
+        """A stack of layers: y, h_n, c_n; x [T, B, I], h0 [L * K, B, R], c0 [L * K, B, H] (LSTM).
+
+        batch_sizes: of packed rows in the place of x, and of y.
+        """
         run = getattr(torch._VF, mode.lower())
         # cuDNN's backward wants training mode; without dropout the two modes compute the same.
         training = training or (dropout == 0 and torch.is_grad_enabled())
         settings = (has_biases, num_layers, dropout, training, bidirectional)
+        if batch_sizes is not None:
+            y, h_n, *rest = run(x, batch_sizes, h0 if c0 is None else (h0, c0), weights, *settings)
+            return y, h_n, rest[0] if rest else None
         if lengths is None:
             y, h_n, *rest = run(x, h0 if c0 is None else (h0, c0), weights, *settings, False)
             return y, h_n, rest[0] if rest else None

@@ -52,6 +52,7 @@ class Backend:
     """
 
     name: str
+    reads_packed = False  # x of a layer may be packed rows [N, I], lengths then fall; so are y, gates and cells
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run anything on this machine, or None."""
@@ -124,7 +125,8 @@ class Backend:
     ) -> list[Tensor | None]:
         """A gradient for each of the inputs a to bias_c.
 
-        inputs_and_results: the inputs of the forward without save, then y, cells, gates, hidden, rstd.
+        inputs_and_results: the inputs of the forward without save, then y, cells, gates, hidden, rstd, and whether the
+        gradients of w_hh to bias_c are wanted, which else may be None.
         """
         raise NotImplementedError
 

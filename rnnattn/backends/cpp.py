@@ -83,6 +83,7 @@ def empty_cache() -> int:
 
 class Cpp(Backend):
     name = "cpp"
+    reads_packed = True
 
     def unavailable(self) -> str | None:
         return extension_error()

@@ -36,7 +36,7 @@ def scan_gradients(
     *settings: Any,
 ) -> list[Tensor | None]:
     """`rnnattn.backends.Backend.regularised_scan_backward`."""
-    *switches, y, cells, gates, hidden, rstd = settings
+    *switches, y, cells, gates, hidden, rstd, needs_dweights = settings
     lengths, resets, reset_to_initial, reverse, _ = switches[4:]
     for name, t in {"h0": h0, "c0": c0, "h_mask": h_mask, "resets": resets, "y": y, "cells": cells}.items():
         if t is not None and t.numel() and t.untyped_storage().nbytes() == 0:
@@ -52,14 +52,15 @@ def scan_gradients(
         dy, dh_n, dc_n, dcells, h_prev, c_prev, h0, c0, w_hh, norm_hh, norm_c, bias_c, h_mask, *switches, gates, hidden,
         rstd,
     )  # fmt: skip
+    of_inputs = [da, dh0, None if c0 is None else dc0]
+    if not needs_dweights:
+        return [*of_inputs, *[None] * 5]
     db = da if db.numel() == 0 else db
     d_hidden = db if d_hidden.numel() == 0 else d_hidden
     dtype = h0.dtype if h0.is_cuda else a.dtype  # of the GEMM: a GPU multiplies 16-bit numbers at their own rate
     states = h_prev if h_mask is None else h_prev * h_mask
     return [
-        da,
-        dh0,
-        None if c0 is None else dc0,
+        *of_inputs,
         matmul(d_hidden.flatten(0, 1).t().to(dtype), states.flatten(0, 1).to(dtype)).to(w_hh.dtype),
         None if b_hh is None else db.sum((0, 1)).to(b_hh.dtype),
         None if norm_hh is None else (db * hidden).sum((0, 1)).to(norm_hh.dtype),

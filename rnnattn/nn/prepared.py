@@ -15,12 +15,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from rnnattn._version import __version__
 from rnnattn.backends.cpp import build_info, native, prepared_call
-from rnnattn.checks import check_recurrent, checked_lengths, checked_resets
+from rnnattn.checks import check_recurrent, checked_resets, checked_steps
 from rnnattn.nn.cells import _Cell
 from rnnattn.nn.direct import states_of
 from rnnattn.nn.recurrent import Lengths, States, _Recurrent
 from rnnattn.nn.regularised import DROPOUTS
 from rnnattn.nn.weight_watch import WeightWatch
+from rnnattn.packing import Packing
 from rnnattn.reference import CELLS
 from rnnattn.stack import op_name, wants_grad
 from rnnattn.transforms import want_equations
@@ -57,11 +58,11 @@ class _PackedWeights:
         self.call = prepared_call(packed, bidirectional, mode, self.shapes[0], *self._of_call)
 
     def run(
-        self, x: Tensor, h0: Tensor, c0: Tensor | None, lengths: Lengths = None, resets: Tensor | None = None,
-        reset_to_initial: bool = False,
+        self, x: Tensor, h0: Tensor, c0: Tensor | None, lengths: Lengths | Packing = None,
+        resets: Tensor | None = None, reset_to_initial: bool = False,
     ) -> Outputs:  # fmt: skip
-        """y, h_n and c_n after the checks of `functional.lstm`, and one for gradients; x is [T, B, I], resets has
-        passed its own and is [T, B]."""
+        """y, h_n and c_n after the checks of `functional.lstm`, and one for gradients; x is [T, B, I] or packed, resets
+        has passed its own and is [T, B]."""
         op, G, has_biases, layers, K = self._settings
         if wants_grad(x, h0, c0):
             raise RuntimeError(
@@ -73,8 +74,8 @@ class _PackedWeights:
                 f"{op}: a module from prepare_inference() has no tangents and is not to be mapped; call the module "
                 "that it was prepared from"
             )
-        check_recurrent(op, G, x, h0, c0, self.shapes, has_biases, layers, K)
-        lengths = checked_lengths(lengths, x.shape[1], x.shape[0], x.device)
+        _, B, lengths = checked_steps(op, x, lengths)
+        check_recurrent(op, G, x, B, h0, c0, self.shapes, has_biases, layers, K)
         y, h_n, c_n = self._operator(x, h0, c0, lengths, resets, reset_to_initial, *self.rest)
         return y, h_n, None if c0 is None else c_n
 
@@ -174,8 +175,8 @@ class _StackArguments(_Recurrent):
         pass
 
     def _stack(
-        self, input: Tensor, h0: Tensor, c0: Tensor | None, batch_first: bool, lengths: Lengths, resets: Tensor | None,
-        reset_to_initial: bool, return_cells: bool,
+        self, input: Tensor, h0: Tensor, c0: Tensor | None, batch_first: bool, lengths: Lengths | Packing,
+        resets: Tensor | None, reset_to_initial: bool, return_cells: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, None]:  # fmt: skip
         x = input.transpose(0, 1) if batch_first else input
         resets = checked_resets(resets, input, batch_first)

@@ -17,6 +17,7 @@ from rnnattn.functional import NONLINEARITIES
 from rnnattn.nn.direct import DirectCalls
 from rnnattn.nn.layouts import run_nested, run_packed
 from rnnattn.nn.regularised import Regularised
+from rnnattn.packing import Packing
 from rnnattn.stack import run_stack
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class _Recurrent(DirectCalls, Regularised):
         return [s.squeeze(batch_dim) for s in sequences], tuple(state.squeeze(1) for state in states)
 
     def _run_stack(
-        self, input: Tensor, hx: Any, batch_first: bool, lengths: Lengths, resets: Tensor | None,
+        self, input: Tensor, hx: Any, batch_first: bool, lengths: Lengths | Packing, resets: Tensor | None,
         reset_to_initial: bool, return_cells: bool,
     ) -> tuple[list[Tensor], States]:  # fmt: skip
         if len(hx) != len(self._names):  # only an LSTM's can differ
@@ -140,8 +141,8 @@ class _Recurrent(DirectCalls, Regularised):
         return [output] if cells is None else [output, cells], (h_n,) if c_n is None else (h_n, c_n)
 
     def _stack(
-        self, input: Tensor, h0: Tensor, c0: Tensor | None, batch_first: bool, lengths: Lengths, resets: Tensor | None,
-        reset_to_initial: bool, return_cells: bool,
+        self, input: Tensor, h0: Tensor, c0: Tensor | None, batch_first: bool, lengths: Lengths | Packing,
+        resets: Tensor | None, reset_to_initial: bool, return_cells: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
         return run_stack(

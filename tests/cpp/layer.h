@@ -68,6 +68,7 @@ struct Layer {
   Numbers<F> d_gates;
   std::vector<F> cells, c_n, d_bias, dh_out, dh, dc, dh_reset, dc_reset;  // d_bias [groups, columns * H]
   std::vector<int64_t> order, offset;                 // rows, longest first; slot of the first row at step t
+  std::vector<int64_t> first, x_first, dy_first;      // [T] the first row, and the first elements, of step t
   int64_t slots = 0;
 
   Layer(const Shape& shape, unsigned seed)
@@ -99,7 +100,7 @@ struct Layer {
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return length[a] > length[b]; });
     for (int64_t t = 0; t < s.T; ++t) {
-      offset.push_back(slots);
+      offset.push_back(slots), first.push_back(t * s.B), x_first.push_back(t * s.B * s.I), dy_first.push_back(t * s.B * s.R);
       slots += std::count_if(length.begin(), length.end(), [&](int64_t n) { return n > t; });
     }
   }
@@ -142,7 +143,7 @@ struct Layer {
                              .pointers = pointers.data(), .panel = panel.data()};
       const ForwardScan<F> scan{
           .mode = s.mode, .stored = s.stored, .T = s.T, .B = s.B, .I = s.I, .H = s.H, .R = s.R, .rows = rows, .barrier = barrier,
-          .x = const_cast<Numbers<F>&>(x).data(), .x_step = s.B * s.I, .x_row = s.I, .unpacked_ih = ih, .unpacked_hh = hh,
+          .x = const_cast<Numbers<F>&>(x).data(), .x_first = x_first.data(), .x_row = s.I, .unpacked_ih = ih, .unpacked_hh = hh,
           .panel = s.panel, .w_ih = s.packed ? panels_ih.data() : nullptr, .w_hh = s.packed ? panels_hh.data() : nullptr,
           .scale_ih = scale.empty() ? nullptr : scale.data(), .scale_hh = scale.empty() ? nullptr : scale.data(), .bias = s.biased ? bias.floats() : nullptr, .bias_q = s.biased && s.mode == Mode::kGru ? b_hh.data() + 2 * s.H : nullptr,
           .w_hr = s.projected() ? panels_hr.floats() : nullptr, .h0 = h0_rows.data(), .h = h.empty() ? nullptr : h.data(),
@@ -174,8 +175,8 @@ struct Layer {
                              .gates_x = nullptr, .copies = narrow.data(), .pointers = pointers.data()};
       const BackwardScan<F> scan{
           .mode = s.mode, .stored = s.stored, .T = s.T, .B = s.B, .H = s.H, .R = s.R, .rows = rows, .barrier = barrier,
-          .panel = panel, .w_hh = panels_hh.data(), .w_hr = s.projected() ? panels_hr.floats() : nullptr, .dy = dy.data(), .dy_step = s.B * s.R,
-          .dy_row = s.R, .y = y.data(), .y_row = s.R, .gates = gates.data(), .cells = lstm ? cells.data() : nullptr,
+          .panel = panel, .w_hh = panels_hh.data(), .w_hr = s.projected() ? panels_hr.floats() : nullptr, .dy = dy.data(),
+          .dy_first = dy_first.data(), .dy_row = s.R, .y = y.data(), .y_row = s.R, .gates = gates.data(), .cells = lstm ? cells.data() : nullptr,
           .h0 = h0.data(), .c0 = c0.data(), .dh = dh.data(), .dc = lstm ? dc.data() : nullptr, .d_gates = d_gates.data(),
           .d_bias = rows.n ? d_bias.data() + rows.place[0] * s.columns() * s.H : nullptr,
           .dh_out = s.projected() ? dh_out.data() : nullptr, .resets = {resets.get(), h_reset.data(), c_reset.data()},
@@ -236,7 +237,7 @@ struct Layer {
         group.row.push_back(order[place]), group.length.push_back(length[order[place]]), group.place.push_back(place);
       }
       if (s.members > 1) group.barrier = std::make_unique<Barrier>(s.members);
-      const Rows rows{static_cast<int64_t>(group.row.size()), group.row.data(), group.length.data(), group.place.data(), offset.data(), s.reverse};
+      const Rows rows{static_cast<int64_t>(group.row.size()), group.row.data(), group.length.data(), group.place.data(), offset.data(), first.data(), s.reverse};
       for (int index = 0; index < s.members; ++index)
         threads.emplace_back([&scan, &group, rows, index] { scan(rows, index, group.barrier.get()); });
     }

@@ -1,0 +1,85 @@
+"""Packed sequences: where the rows of a batch lie in them, for kernels that read them so and for those that do not."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnattn.transforms import is_transformed, want_equations
+
+
+class Packing:
+    """The layout of packed rows [N, F]: of step 0 all B rows, longest first, then of each step those still running."""
+
+    def __init__(self, batch_sizes: Tensor) -> None:
+        """batch_sizes: int64 [T] on the CPU, as a PackedSequence has them; RuntimeError where they do not fall."""
+        sizes: list[int] = batch_sizes.tolist()
+        if sizes != sorted(sizes, reverse=True) or sizes[-1] < 1:
+            raise RuntimeError(f"batch_sizes: expected positive numbers that never rise, got {sizes}")
+        self.batch_sizes = batch_sizes
+        self.shape = len(sizes), sizes[0]  # T, B
+        self.N = sum(sizes)
+
+    @classmethod
+    def of_lengths(cls, lengths: Tensor) -> Packing:
+        """Of rows of these lengths [B], which fall."""
+        lengths = lengths.cpu()
+        return cls((lengths > torch.arange(int(lengths[0]), device="cpu")[:, None]).sum(1))
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        """int64 [B] on the CPU: of each row, how many batch sizes are above its place."""
+        return torch.searchsorted(-self.batch_sizes, -self._count(self.shape[1]))
+
+    def padded(self, data: Tensor) -> Tensor:
+        """[T, B, F] of packed rows [N, F]. Behind a row's length it holds what nobody is to read."""
+        rows, slots = self._indices
+        padded: Tensor = _moved(data, slots.to(data.device), rows.to(data.device)).unflatten(0, self.shape)
+        return padded
+
+    def packed(self, sequence: Tensor) -> Tensor:
+        """[N, F] of a padded sequence [T, B, F]."""
+        rows, slots = self._indices
+        return _moved(sequence.flatten(0, 1), rows.to(sequence.device), slots.to(sequence.device))
+
+    @functools.cached_property
+    def _indices(self) -> tuple[Tensor, Tensor]:
+        """Where each slot of the packed rows stands among the padded ones, and the reverse."""
+        (T, B), N = self.shape, self.N
+        offsets, steps = self.batch_sizes.cumsum(0) - self.batch_sizes, self._count(T)
+        step = torch.repeat_interleave(steps, self.batch_sizes, output_size=N)
+        slots = (offsets[:, None] + self._count(B)).clamp(max=N - 1).flatten()
+        return self._count(N) + (steps * B - offsets)[step], slots
+
+    def _count(self, n: int) -> Tensor:
+        return torch.arange(n, device=self.batch_sizes.device)
+
+
+def _moved(t: Tensor, taken: Tensor, given: Tensor) -> Tensor:
+    """t's rows `taken`; the rows of its gradient are the rows `given` of theirs. Where rows are taken twice that holds
+    if all but one of theirs have none, or nobody reads it."""
+    if torch.compiler.is_compiling() or is_transformed() or want_equations(t):
+        return t.index_select(0, taken)
+    moved: Tensor = _Rows.apply(t, taken, given)
+    return moved
+
+
+class _Rows(torch.autograd.Function):
+    """index_select, and in its backward index_select too: index_add goes row by row, and so do the slices of torch's
+    own padding, whose backward takes a third of a layer's time."""
+
+    @staticmethod
+    def forward(t: Tensor, taken: Tensor, given: Tensor) -> Tensor:
+        return t.index_select(0, taken)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> Any:
+        taken, given = ctx.saved_tensors
+        return _moved(d, given, taken), None, None
