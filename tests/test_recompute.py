@@ -132,7 +132,7 @@ def test_what_is_wrong_is_named() -> None:
 
 def test_the_benchmark_of_peak_memory() -> None:
     """Of 17 MB of gates, 4 of cells and 4 each of x, y and their gradients."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--steps", "4096", "--batch", "4", "--size", "64"]
+    command = [sys.executable, "-m", "benchmarks.memory", "--steps", "2048", "--batch", "8", "--size", "64"]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
     peaks = [float(line.split(" MB")[0].split()[-1]) for line in done.stdout.splitlines()[1:]]
     assert len(peaks) == 3

@@ -103,7 +103,8 @@ def test_changes_that_torch_sees_are_found_at_once(make: Callable[[], Any], chan
 @pytest.mark.parametrize("change", UNSEEN.values(), ids=UNSEEN)
 @watched
 def test_changes_that_torch_does_not_see_are_found_within_parts(make: Any, change: Callable[[Tensor], Any]) -> None:
-    for name, _ in make().named_parameters():
+    names = [name for name, _ in make().named_parameters()]
+    for name in (names[0], names[len(names) // 2], names[-1]):
         module = make()
         for p in module.parameters():
             p.view(-1)[3] = 0
