@@ -36,6 +36,15 @@ def tanh_absolute(x):
 
 
 @triton.jit
+def uniform(x):
+    """An int32 that all threads have alike, so that the assembler knows it too: a loop bound that it takes for
+    different ones would keep what depends on the loop out of the registers that a warp shares."""
+    if INTERPRETED:
+        return x
+    return tl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [x], tl.int32, True, 1)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b."""
     if INTERPRETED:  # its dot takes the bits of a bf16 for an integer

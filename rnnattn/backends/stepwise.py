@@ -118,7 +118,7 @@ def layer_forward(
     valid = None if lengths is None else valid_steps(lengths, T)
     for k, w in enumerate(split_weights(weights, has_biases, K)):
         gates_x = matmul(x.reshape(T * B, I), w.w_ih.t()).view(T, B, G * H)
-        bias, bias_q = _biases(w, cell.shared, H)
+        bias, bias_q = biases(w, cell.shared, H)
         if bias is not None:
             gates_x += bias
         w_hh_t = wide(w.w_hh.t())
@@ -153,7 +153,7 @@ def layer_forward(
     return y, h_n, c_n, gates, cells
 
 
-def _biases(w: LayerWeights, shared: bool, H: int) -> tuple[Tensor | None, Tensor | None]:
+def biases(w: LayerWeights, shared: bool, H: int) -> tuple[Tensor | None, Tensor | None]:
     """What is added to the input product, and what stays inside r * (...)."""
     if w.b_ih is None or w.b_hh is None:
         return None, None

@@ -1,0 +1,270 @@
+"""The backward scan of a recurrent layer in one launch: the gradients of all pre-activations, from the last step on.
+
+Groups and programs as in `sequence_forward`. A program owns UNITS hidden units: the rows of W_hh^T for them stay in
+it, [UNITS, GH]; the gradients db of the step after travel, and
+
+    dh^T [UNITS, BATCH] = W_hh^T [UNITS, GH] . db^T [GH, BATCH]
+
+Few units and a long sum: PARTS parts of it are multiplied side by side and added up. Equations: step_backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rnnattn.kernels.grid_barrier import arrive, wait
+from rnnattn.kernels.math import dot, tanh, uniform
+
+
+@triton.jit
+def _weights(weights, unit, H, GH, width, first, PARTS: tl.constexpr, CHUNK: tl.constexpr):
+    """[PARTS, UNITS, CHUNK] of W_hh^T, zero beyond it."""
+    column = first + tl.arange(0, PARTS)[:, None, None] * CHUNK + tl.arange(0, CHUNK)[None, None, :]
+    mask = (column < GH) & (unit < H)[None, :, None]
+    return tl.load(weights + column.to(tl.int64) * width + unit[None, :, None], mask, 0.0)
+
+
+@triton.jit
+def _gradients(db, at, inside, GH, first, PARTS: tl.constexpr, CHUNK: tl.constexpr):
+    """db^T [PARTS, CHUNK, BATCH] of rows at these addresses."""
+    column = first + tl.arange(0, PARTS)[:, None, None] * CHUNK + tl.arange(0, CHUNK)[None, :, None]
+    mask = (column < GH) & inside[None, None, :]
+    return tl.load(db + at[None, None, :] + column, mask, 0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _product(w, db, at, inside, GH, UNITS: tl.constexpr, BATCH: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
+             CHUNKS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    sums = tl.zeros((PARTS, UNITS, BATCH), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        sums = dot(w[chunk], _gradients(db, at, inside, GH, chunk * PARTS * CHUNK, PARTS, CHUNK), sums, PRECISION)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def _cut(d, gathered, anew, present, GATHERS: tl.constexpr):
+    """What the step before a reset gets of the gradient d of its state, nothing, and what the initial state gets."""
+    if GATHERS:
+        gathered += tl.where(anew[None, :], d, 0.0)
+    return tl.where(anew[None, :], 0.0, d), gathered
+
+
+@triton.jit(do_not_specialize=["T", "B", "tiles"])
+def _backward_kernel(
+    dy,  # [T, B, K H], or None
+    dcells,  # [K, T, B, H] fp32, not read behind lengths, or None
+    weights,  # [K, GH, width]
+    y,  # [T, B, K H], RNN
+    h_prev,  # [K, T, B, H], GRU
+    gates,  # [K, T, B, SH], or None
+    cells,  # [K, T, B, H] fp32, or None
+    c0,  # [K, B, H] fp32, or None
+    lengths,  # [B] int64, or None
+    order,  # [B] int64, or None
+    resets,  # [K, T, B] bool, or None
+    dh,  # in and out [K, B, H] fp32: gradient of h_n; of h0
+    dc,  # in and out [K, B, H] fp32, or None
+    da,  # out [T, B, K, row]
+    db,  # out [T, B, K, row], GRU; else da
+    counters,  # [K tiles] int32, zero, or None for one slice
+    T,
+    B,
+    H,
+    width,
+    row_length,
+    tiles,
+    MODE: tl.constexpr,
+    K: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TO_INITIAL: tl.constexpr,
+    UNITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BATCH: tl.constexpr,
+    SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    GATES: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
+    GH = GATES * H
+    group = tl.program_id(0) // SLICES
+    k, tile, first_unit = group // tiles, group % tiles, tl.program_id(0) % SLICES * UNITS
+    reverse = REVERSE | (k == 1)
+
+    place = tile * BATCH + tl.arange(0, BATCH)
+    present = place < B
+    row = place
+    if order is not None:
+        row = tl.load(order + place, present, 0).to(tl.int32)
+    steps = T
+    if lengths is not None:
+        length = tl.load(lengths + row, present, 0).to(tl.int32)
+        steps = uniform(tl.max(length, 0))
+    unit = first_unit + tl.arange(0, UNITS)
+    inside = (unit < H)[:, None] & present[None, :]
+
+    weights += k.to(tl.int64) * GH * width
+    w = ()
+    for chunk in tl.static_range(CHUNKS):
+        w = w + (_weights(weights, unit, H, GH, width, chunk * PARTS * CHUNK, PARTS, CHUNK),)
+
+    slot = B.to(tl.int64) * K * row_length  # numbers of one step of da
+    own = (row * K + k) * row_length
+    at_d = own[None, :] + unit[:, None]
+    at_row = (row * H)[None, :] + unit[:, None]  # in a step of [K, T, B, H]
+    at_output = ((row * K + k) * H)[None, :] + unit[:, None]  # in one of [T, B, K H]
+    at_state = ((row + k * B) * H)[None, :] + unit[:, None]
+    around = tl.load(dh + at_state, inside, 0.0)  # of the state before, what does not pass through the product
+    nothing = tl.zeros((UNITS, BATCH), tl.float32)
+    dh_initial, dc_initial, dc_next, c_first = nothing, nothing, nothing, nothing
+    if MODE == "LSTM":
+        dc_next = tl.load(dc + at_state, inside, 0.0)
+        c_first = tl.load(c0 + at_state, inside, 0.0)
+    instead_c = c_first if TO_INITIAL else nothing
+    if counters is not None:
+        counters += group
+
+    for n in range(0, steps):
+        t = tl.where(reverse, n, steps - 1 - n)
+        step = (k * T + t).to(tl.int64) * B
+        after = tl.where(reverse, t - 1, t + 1)
+        valid = present
+        if lengths is not None:
+            valid = t < length
+        # What this step reads of the forward, before it waits.
+        d_y = nothing
+        if dy is not None:
+            d_y = tl.load(dy + t.to(tl.int64) * B * (K * H) + at_output, inside & valid[None, :], 0.0).to(tl.float32)
+        if MODE == "RNN_TANH" or MODE == "RNN_RELU":
+            state = tl.load(y + t.to(tl.int64) * B * (K * H) + at_output, inside, 0.0).to(tl.float32)
+        else:
+            at_gates = gates + step * (4 * H) + (row * (4 * H))[None, :] + unit[:, None]
+            s_0 = tl.load(at_gates, inside, 0.0).to(tl.float32)
+            s_1 = tl.load(at_gates + H, inside, 0.0).to(tl.float32)
+            s_2 = tl.load(at_gates + 2 * H, inside, 0.0).to(tl.float32)
+            s_3 = tl.load(at_gates + 3 * H, inside, 0.0).to(tl.float32)
+        if MODE == "LSTM":
+            here = tl.load(cells + step * H + at_row, inside, 0.0)
+            first = tl.where(reverse, t == T - 1, t == 0)
+            previous = cells + tl.where(reverse, step + B, step - B) * H + at_row
+            before = tl.where(first, c_first, tl.load(previous, inside & (first == 0), 0.0))
+            if resets is not None:
+                anew = tl.load(resets + step + row, present, 0) != 0
+                before = tl.where(anew[None, :], instead_c, before)
+        if MODE == "GRU":
+            before = tl.load(h_prev + step * H + at_row, inside, 0.0).to(tl.float32)
+
+        d_h = around
+        if n > 0:
+            if SLICES > 1:
+                wait(counters, n * SLICES)
+            else:
+                tl.debug_barrier()
+            at = after.to(tl.int64) * slot + own
+            d_h += _product(w, db, at, present, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, PRECISION)
+            if resets is not None:
+                cut = tl.load(resets + (k * T + after).to(tl.int64) * B + row, present, 0) != 0
+                d_h, dh_initial = _cut(d_h, dh_initial, cut, present, TO_INITIAL)
+                dc_next, dc_initial = _cut(dc_next, dc_initial, cut, present, TO_INITIAL)
+        dh_t = d_h + d_y
+        if MODE == "RNN_TANH":
+            d_0, around = dh_t * (1.0 - state * state), nothing
+        elif MODE == "RNN_RELU":
+            d_0, around = tl.where(state > 0, dh_t, 0.0), nothing
+        elif MODE == "LSTM":
+            if dcells is not None:
+                dc_next += tl.load(dcells + step * H + at_row, inside & valid[None, :], 0.0)
+            tanh_c = tanh(here)
+            dc_t = dc_next + dh_t * s_3 * (1.0 - tanh_c * tanh_c)
+            d_0 = dc_t * s_2 * s_0 * (1.0 - s_0)
+            d_1 = dc_t * before * s_1 * (1.0 - s_1)
+            d_2 = dc_t * s_0 * (1.0 - s_2 * s_2)
+            d_3 = dh_t * tanh_c * s_3 * (1.0 - s_3)
+            dc_next, around = tl.where(valid[None, :], dc_t * s_1, dc_next), nothing
+        else:
+            d_2 = dh_t * (1.0 - s_1) * (1.0 - s_2 * s_2)
+            d_0 = d_2 * s_3 * s_0 * (1.0 - s_0)
+            d_1 = dh_t * (before - s_2) * s_1 * (1.0 - s_1)
+            around = dh_t * s_1
+        around = tl.where(valid[None, :], around, d_h)
+        da_t, db_t = da + t.to(tl.int64) * slot + at_d, db + t.to(tl.int64) * slot + at_d
+        tl.store(da_t, tl.where(valid[None, :], d_0, 0.0), inside)
+        if GATES > 1:
+            tl.store(da_t + H, tl.where(valid[None, :], d_1, 0.0), inside)
+            tl.store(da_t + 2 * H, tl.where(valid[None, :], d_2, 0.0), inside)
+        if MODE == "LSTM":
+            tl.store(da_t + 3 * H, tl.where(valid[None, :], d_3, 0.0), inside)
+        if MODE == "GRU":
+            tl.store(db_t, tl.where(valid[None, :], d_0, 0.0), inside)
+            tl.store(db_t + H, tl.where(valid[None, :], d_1, 0.0), inside)
+            tl.store(db_t + 2 * H, tl.where(valid[None, :], d_2 * s_0, 0.0), inside)
+        if SLICES > 1:
+            arrive(counters)
+    if steps > 0:
+        last = tl.where(reverse, steps - 1, 0)
+        if SLICES > 1:
+            wait(counters, steps * SLICES)
+        else:
+            tl.debug_barrier()
+        at = last.to(tl.int64) * slot + own
+        around += _product(w, db, at, present, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, PRECISION)
+        if resets is not None:
+            cut = tl.load(resets + (k * T + last).to(tl.int64) * B + row, present, 0) != 0
+            around, dh_initial = _cut(around, dh_initial, cut, present, TO_INITIAL)
+            dc_next, dc_initial = _cut(dc_next, dc_initial, cut, present, TO_INITIAL)
+    tl.store(dh + at_state, around + dh_initial, inside)
+    if MODE == "LSTM":
+        tl.store(dc + at_state, dc_next + dc_initial, inside)
+    for n in range(0, T - steps):  # steps of no row here
+        at_t = (steps + n).to(tl.int64) * slot + at_d
+        for block in tl.static_range(GATES):
+            tl.store(da + at_t + block * H, nothing.to(da.dtype.element_ty), inside)
+            if MODE == "GRU":
+                tl.store(db + at_t + block * H, nothing.to(db.dtype.element_ty), inside)
+
+
+def sequence_backward(
+    mode: str,
+    dy: Tensor | None,  # [T, B, K H]
+    dcells: Tensor | None,  # [K, T, B, H] fp32, LSTM; not read behind lengths
+    weights: Tensor,  # [K, GH, width]
+    y: Tensor | None,  # [T, B, K H], RNN
+    h_prev: Tensor | None,  # [K, T, B, H], what each step started from; GRU
+    gates: Tensor | None,  # [K, T, B, SH]
+    cells: Tensor | None,  # [K, T, B, H] fp32
+    c0: Tensor | None,  # [K, B, H] fp32
+    lengths: Tensor | None,  # int64 [B]
+    order: Tensor | None,  # int64 [B]
+    resets: Tensor | None,  # bool [K, T, B]
+    to_initial: bool,
+    reverse: bool,
+    dh: Tensor,  # in and out [K, B, H] fp32: the gradient of h_n, then of h0
+    dc: Tensor | None,  # in and out [K, B, H] fp32, LSTM
+    da: Tensor,  # out [T, B, K, row], the gradient of the input product in the first GH of a row; zero behind lengths
+    db: Tensor | None,  # out [T, B, K, row], of the hidden product where that is another; GRU
+    units: int,
+    parts: int,
+    chunk: int,
+    chunks: int,
+    batch_tile: int,
+    warps: int,
+    precision: str,
+) -> None:
+    """A layer. All tensors are contiguous."""
+    (K, B, H), T = dh.shape, len(da)
+    if dh.numel() == 0:
+        return
+    slices, tiles = triton.cdiv(H, units), triton.cdiv(B, batch_tile)
+    counters = None if slices == 1 else torch.zeros(K * tiles, dtype=torch.int32, device=dh.device)
+    _backward_kernel[(K * tiles * slices,)](
+        dy, dcells, weights, y, h_prev, gates, cells, c0, lengths, order, resets, dh, dc, da, da if db is None else db,
+        counters, T, B, H, weights.shape[-1], da.shape[-1], tiles, MODE=mode, K=K, REVERSE=reverse,
+        TO_INITIAL=to_initial, UNITS=units, PARTS=parts, CHUNK=chunk, CHUNKS=chunks, BATCH=batch_tile, SLICES=slices,
+        PRECISION=precision, num_warps=warps, num_stages=1, launch_cooperative_grid=slices > 1,
+    )  # fmt: skip
+
+
+__all__ = ["sequence_backward"]

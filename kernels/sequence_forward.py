@@ -1,0 +1,255 @@
+"""The forward scan of a recurrent layer in one launch: W_hh stays in the programs, h_t travels.
+
+A group of SLICES programs scans a tile of BATCH rows in one direction. Each owns UNITS hidden units with all their
+gates, holds the rows of W_hh for them from the first step to the last, and their cell states. A step is
+
+    gates^T [M, BATCH] = W [M, H] . h_{t-1}^T [H, BATCH] + what the input product gave,    M = UNITS x blocks of gates
+
+(the weights to the left, so that 16 units give a tensor core its 64 rows), the cell on it (equations: step_forward),
+and h_t into `states`, where the others of the group read it for the step after: behind a barrier of the group, or
+where one program has all units without leaving the program. Nothing is written twice, so nobody waits to write.
+
+Rows of W_hh and of `states` are `width` long, H made a multiple of 16, so that they are read 16 bytes at a time.
+`states` holds y with a slot before and one behind it for the initial states: step t reads slot t, or t + 2 where
+time runs backwards, or the initial slot where a row begins or an episode does.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rnnattn.kernels.grid_barrier import arrive, wait
+from rnnattn.kernels.math import dot, sigmoid, tanh, uniform
+
+
+@triton.jit
+def _weights(weights, row, inside, width, first, CHUNK: tl.constexpr):
+    """[M, CHUNK] of the rows of W_hh, zero beyond them."""
+    column = first + tl.arange(0, CHUNK)
+    mask = inside[:, None] & (column < width)[None, :]
+    return tl.load(weights + row[:, None] * width + column[None, :], mask, 0.0)
+
+
+@triton.jit
+def _states(states, at, inside, width, first, CHUNK: tl.constexpr):
+    """h^T [CHUNK, BATCH] of rows at these addresses. Written by other programs: not from the first cache."""
+    column = first + tl.arange(0, CHUNK)
+    mask = (column < width)[:, None] & inside[None, :]
+    return tl.load(states + at[None, :] + column[:, None], mask, 0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _four(tile, UNITS: tl.constexpr, BATCH: tl.constexpr):
+    """The blocks of a tile [4 UNITS, BATCH]."""
+    even, odd = tl.split(tl.permute(tl.reshape(tile, (2, 2, UNITS, BATCH)), (2, 3, 0, 1)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit(do_not_specialize=["T", "B", "tiles"])
+def _forward_kernel(
+    gates_x,  # [T, B, K GH] fp32
+    weights,  # [K, GH, width]
+    bias,  # [K, GH] fp32, or None
+    bias_q,  # [K, H] fp32, or None
+    states,  # in and out [T + 2, B, K, width]
+    c0,  # [K, B, H] fp32, or None
+    lengths,  # [B] int64, or None
+    order,  # [B] int64, rows by falling length, or None
+    resets,  # [K, T, B] bool, or None
+    gates,  # out [K, T, B, SH], or None
+    cells,  # out [K, T, B, H] fp32, or None
+    h_n,  # out [K, B, H]
+    c_n,  # out [K, B, H], or None
+    counters,  # [K tiles] int32, zero, or None for one slice
+    T,
+    B,
+    H,
+    width,
+    tiles,
+    MODE: tl.constexpr,
+    K: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TO_INITIAL: tl.constexpr,
+    UNITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BATCH: tl.constexpr,
+    SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = 1 if MODE == "RNN_TANH" or MODE == "RNN_RELU" else 4
+    GATES: tl.constexpr = 3 if MODE == "GRU" else BLOCKS
+    group = tl.program_id(0) // SLICES
+    k, tile, first_unit = group // tiles, group % tiles, tl.program_id(0) % SLICES * UNITS
+    reverse = REVERSE | (k == 1)
+
+    place = tile * BATCH + tl.arange(0, BATCH)
+    present = place < B
+    row = place
+    if order is not None:
+        row = tl.load(order + place, present, 0).to(tl.int32)
+    steps = T
+    if lengths is not None:
+        length = tl.load(lengths + row, present, 0).to(tl.int32)
+        steps = uniform(tl.max(length, 0))
+
+    unit = first_unit + tl.arange(0, UNITS)
+    inside = (unit < H)[:, None] & present[None, :]
+    line = tl.arange(0, BLOCKS * UNITS)  # of the tile of gates
+    gate, line_unit = line // UNITS, first_unit + line % UNITS
+    line_there = (line_unit < H) & (gate < GATES)
+    line_inside = line_there[:, None] & present[None, :]
+    column = gate * H + line_unit
+
+    weights += k * GATES * H * width
+    w = ()
+    for chunk in tl.static_range(CHUNKS):
+        w = w + (_weights(weights, column.to(tl.int64), line_there, width, chunk * CHUNK, CHUNK),)
+    if bias is not None:
+        bias_tile = tl.load(bias + k * GATES * H + column, line_there, 0.0)[:, None]
+    if bias_q is not None:
+        bias_q_tile = tl.load(bias_q + k * H + unit, unit < H, 0.0)[:, None]
+
+    # Offsets in a step take 32 bits, steps 64.
+    slot = B.to(tl.int64) * K * width
+    own = (row * K + k) * width
+    first_slot = tl.where(reverse, T + 1, 0)
+    at_state = (row[None, :] + k * B) * H + unit[:, None]  # in [K, B, H]
+    at_h = states + first_slot * slot + own[None, :] + unit[:, None]
+    h = tl.load(at_h, inside, 0.0).to(tl.float32)  # of the own units, where a row has got
+    c_first = tl.load(c0 + at_state, inside, 0.0) if MODE == "LSTM" else tl.zeros_like(h)
+    c = c_first
+    instead_h, instead_c = (h, c_first) if TO_INITIAL else (tl.zeros_like(h), tl.zeros_like(h))
+    if counters is not None:
+        counters += group
+
+    for n in range(0, steps):
+        t = tl.where(reverse, steps - 1 - n, n)
+        step = (k * T + t).to(tl.int64) * B  # in [K, T, B]
+        x_t = gates_x + t.to(tl.int64) * B * (K * GATES * H)
+        a = tl.load(x_t + ((row * K + k) * (GATES * H))[None, :] + column[:, None], line_inside, 0.0)
+        if bias is not None:
+            a += bias_tile
+        valid = present
+        if lengths is not None:
+            valid = t < length
+        started = h
+        if resets is not None:
+            anew = tl.load(resets + step + row, present, 0) != 0
+            started = tl.where(anew[None, :], instead_h, h)
+        b = tl.zeros((BLOCKS * UNITS, BATCH), tl.float32)
+        if SLICES == 1:
+            b = dot(w[0], started.to(states.dtype.element_ty), b, PRECISION)
+        else:
+            before, readable = tl.where(reverse, t + 2, t), present
+            if lengths is not None and (REVERSE or K == 2):  # backwards a row begins at its own last step
+                before = tl.where(reverse & (t + 1 >= length), first_slot, before)
+            if resets is not None:
+                if TO_INITIAL:
+                    before = tl.where(anew, first_slot, before)
+                else:
+                    readable = present & (anew == 0)
+            at = before.to(tl.int64) * slot + own
+            wait(counters, n * SLICES)
+            for chunk in tl.static_range(CHUNKS):
+                b = dot(w[chunk], _states(states, at, readable, width, chunk * CHUNK, CHUNK), b, PRECISION)
+        if MODE == "RNN_TANH":
+            state = tanh(a + b)
+        elif MODE == "RNN_RELU":
+            state = tl.where(a + b < 0, 0.0, a + b)  # keeps NaN
+        elif MODE == "LSTM":
+            x_i, x_f, x_g, x_o = _four(a + b, UNITS, BATCH)
+            s_0, s_1, s_2, s_3 = sigmoid(x_i), sigmoid(x_f), tanh(x_g), sigmoid(x_o)
+            c_started = c
+            if resets is not None:
+                c_started = tl.where(anew[None, :], instead_c, c)
+            c_after = s_1 * c_started + s_0 * s_2
+            state = s_3 * tanh(c_after)
+            c = tl.where(valid[None, :], c_after, c)
+        else:
+            a_r, a_z, a_n, _ = _four(a, UNITS, BATCH)
+            b_r, b_z, s_3, _ = _four(b, UNITS, BATCH)
+            if bias_q is not None:
+                s_3 += bias_q_tile
+            s_0, s_1 = sigmoid(a_r + b_r), sigmoid(a_z + b_z)
+            s_2 = tanh(a_n + s_0 * s_3)
+            state = (1.0 - s_1) * s_2 + s_1 * started
+        state = state.to(states.dtype.element_ty)
+        at_y = states + (t + 1).to(tl.int64) * slot + own[None, :] + unit[:, None]
+        tl.store(at_y, tl.where(valid[None, :], state, 0.0), inside)
+        if SLICES > 1:
+            arrive(counters)
+        h = tl.where(valid[None, :], state.to(tl.float32), h)
+        if gates is not None:
+            at_gates = gates + step * (4 * H) + (row * (4 * H))[None, :] + unit[:, None]
+            tl.store(at_gates, tl.where(valid[None, :], s_0, 0.0), inside)
+            tl.store(at_gates + H, tl.where(valid[None, :], s_1, 0.0), inside)
+            tl.store(at_gates + 2 * H, tl.where(valid[None, :], s_2, 0.0), inside)
+            tl.store(at_gates + 3 * H, tl.where(valid[None, :], s_3, 0.0), inside)
+        if cells is not None:
+            tl.store(cells + step * H + (row * H)[None, :] + unit[:, None], c, inside)
+    tl.store(h_n + at_state, h.to(h_n.dtype.element_ty), inside)
+    if MODE == "LSTM":
+        tl.store(c_n + at_state, c.to(c_n.dtype.element_ty), inside)
+        c = tl.where(reverse, c_first, c)  # what rows have before they begin, or after they end
+    for n in range(0, T - steps):  # steps of no row here
+        t = steps + n
+        step = (k * T + t).to(tl.int64) * B
+        at_y = states + (t + 1).to(tl.int64) * slot + own[None, :] + unit[:, None]
+        tl.store(at_y, tl.zeros((UNITS, BATCH), states.dtype.element_ty), inside)
+        if gates is not None:
+            at_gates = gates + step * (4 * H) + (row * (4 * H))[None, :] + (gate * H + line_unit)[:, None]
+            nothing = tl.zeros((BLOCKS * UNITS, BATCH), gates.dtype.element_ty)
+            tl.store(at_gates, nothing, (line_unit < H)[:, None] & present[None, :])
+        if cells is not None:
+            tl.store(cells + step * H + (row * H)[None, :] + unit[:, None], c, inside)
+
+
+def sequence_forward(
+    mode: str,
+    gates_x: Tensor,  # [T, B, K GH] fp32
+    weights: Tensor,  # [K, GH, width], zero behind the first H columns
+    bias: Tensor | None,  # [K, GH] fp32
+    bias_q: Tensor | None,  # [K, H] fp32, GRU with biases
+    states: Tensor,  # [T + 2, B, K, width], zero likewise; in: h0 of a forward scan in the first slot, of a reverse one in the last
+    c0: Tensor | None,  # [K, B, H] fp32, LSTM
+    lengths: Tensor | None,  # int64 [B]
+    order: Tensor | None,  # int64 [B], with lengths: rows by falling length
+    resets: Tensor | None,  # bool [K, T, B], what `scan_resets` says of each direction
+    to_initial: bool,
+    reverse: bool,  # of a lone direction
+    gates: Tensor | None,  # out [K, T, B, SH]
+    cells: Tensor | None,  # out [K, T, B, H] fp32
+    h_n: Tensor,  # out [K, B, H]
+    c_n: Tensor | None,  # out [K, B, H], LSTM
+    units: int,
+    chunk: int,
+    chunks: int,
+    batch_tile: int,
+    warps: int,
+    precision: str,
+) -> None:
+    """A layer. All tensors are contiguous.
+
+    At steps behind a row's length y and gates are zero, cells what the row has there, and its h_n and c_n those of its
+    own end.
+    """
+    (K, B, H), T, width = h_n.shape, len(gates_x), weights.shape[-1]
+    if h_n.numel() == 0:
+        return
+    slices, tiles = triton.cdiv(H, units), triton.cdiv(B, batch_tile)
+    counters = None if slices == 1 else torch.zeros(K * tiles, dtype=torch.int32, device=h_n.device)
+    _forward_kernel[(K * tiles * slices,)](
+        gates_x, weights, bias, bias_q, states, c0, lengths, order, resets, gates, cells, h_n, c_n, counters, T, B, H,
+        width, tiles, MODE=mode, K=K, REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, CHUNK=chunk, CHUNKS=chunks,
+        BATCH=batch_tile, SLICES=slices, PRECISION=precision, num_warps=warps, num_stages=1,
+        launch_cooperative_grid=slices > 1,
+    )  # fmt: skip
+
+
+__all__ = ["sequence_forward"]
