@@ -1,11 +1,13 @@
 """Triton's interpreter without what takes most of its time: it patches `triton.language` again at every call of a
-device function, though the launch has done so already.
+device function, though the launch has done so already, and looks for overflow in sums of integers, which it reports
+in debug mode only.
 
 Internals of Triton, looked at in 3.7; where they are not as expected nothing is changed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ def patched_once_a_launch() -> Iterator[None]:
         globals_ = function.__globals__.values()
         return {value.__name__ for value in globals_ if inspect.ismodule(value) and value.__name__ in LANGUAGE}
 
+    @functools.wraps(original)
     def patch_lang(function: Any) -> Any:
         named = language_of(function)
         if named <= patched:
@@ -47,8 +50,13 @@ def patched_once_a_launch() -> Iterator[None]:
         patched.update(named)
         return scope
 
+    builder = interpreter.interpreter_builder
+    options = builder.options
     interpreter._patch_lang = patch_lang
+    if getattr(options, "sanitize_overflow", False) and not options.debug:
+        builder.options = dataclasses.replace(options, sanitize_overflow=False)
     try:
         yield
     finally:
         interpreter._patch_lang = original
+        builder.options = options
