@@ -1,0 +1,173 @@
+"""How the sequence engine runs one recurrent layer on a GPU, from its shape alone.
+
+The engine keeps W_hh in shared memory for all T steps. A group computes `batch_tile` rows of one direction; its
+`slices` programs own `units` hidden units each and, where there are several, exchange h_t through global memory with
+a barrier at every step, so that all of them have to run at the same time, one on an SM. Three tiers:
+
+    T0  a group is one program: h stays in it
+    T1  a group is several programs
+    T2  stepwise (`stepwise.py`): where nothing fits, the engine has no kernel, or the model says that it is quicker
+
+The model, in microseconds a step:
+
+    T0, T1   waves * (latency + product) + exchange
+        latency    T1: store and release, poll, load of h, pointwise; T0: pointwise, a round trip in shared memory
+        product    its arithmetic at an SM's rate or, if that is more, the reading of its operands from shared memory
+        exchange   T1: every program reads its group's h (backward: db), all of them at the bandwidth of L2
+        waves      groups that find no room run after the others, in T1 by launches of their own
+    T2       directions * (2 launches + weights + product + traffic)
+        launches   2.5 each on a GPU whose queue is full; outside a CUDA graph the host takes about 5 for each
+        weights    W_hh from L2, or from memory where L2 does not hold it
+        product    at the rate of all SMs
+        traffic    the product written and read in fp32, through L2
+
+What all have in common, the input product above all, is left out. T decides only whether starting the engine pays:
+the kernels' constants are the same for every T, and few for all B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rnnattn.backends.sequence_device import Device
+from rnnattn.backends.sequence_tiles import Layer, Tiles
+
+BATCH_TILES = (16, 32, 64)
+UNITS = (16, 32, 64, 128, 256)
+OLDEST = 80  # compute capability
+
+# Cycles: estimates, not yet measured.
+RELEASE, POLL, LOAD, POINTWISE = 500, 400, 250, 250
+ROUND_TRIP = 175  # of h through a program's own shared memory
+SHARED_BYTES = 128  # that an SM reads from shared memory per cycle
+
+LAUNCH_US = 2.5  # of a step's kernel
+START_US = 8.0  # of the engine: a cooperative launch, and weights into shared memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything from `units` on is 0 or empty in T2."""
+
+    tier: str
+    step_us: float  # expected time of a step of all rows and directions
+    reason: str  # why this tier; in T2, what did not fit
+    start_us: float = 0.0  # before the first step
+    units: int = 0  # of a program
+    chunks: tuple[int, ...] = ()  # of H
+    slices: int = 0  # programs of a group
+    batch_tile: int = 0  # rows of a group
+    batch_tiles: int = 0  # groups of a direction
+    programs: int = 0  # of all waves
+    waves: int = 0
+    warps: int = 0  # of a program
+    shared: int = 0  # bytes of a program: weights and one chunk of h (db), without the compiler's scratch
+
+    def launches(self) -> list[range]:
+        """The programs of each launch: whole groups. Those of T0 need not run at the same time: one launch."""
+        if not self.programs:
+            return []
+        waves = self.waves if self.tier == "T1" else 1
+        size = -(-self.programs // self.slices // waves) * self.slices
+        return [range(first, min(first + size, self.programs)) for first in range(0, self.programs, size)]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one program owns."""
+
+    direction: int
+    rows: range  # of B
+    units: range  # of H
+
+
+def owned(plan: Plan, program: int, B: int, H: int) -> Share:
+    """As the kernel computes it: program = (direction * batch_tiles + tile) * slices + slice."""
+    group, part = divmod(program, plan.slices)
+    direction, tile = divmod(group, plan.batch_tiles)
+    return Share(
+        direction,
+        range(tile * plan.batch_tile, min(B, (tile + 1) * plan.batch_tile)),
+        range(part * plan.units, min(H, (part + 1) * plan.units)),
+    )
+
+
+def plan(
+    device: Device,
+    mode: str,
+    B: int,
+    T: int,
+    H: int,
+    dtype: torch.dtype,
+    directions: int,
+    backward: bool = False,
+    tensor_cores: bool = True,
+    projection: int = 0,
+) -> Plan:
+    """The plan with the least modelled time. tensor_cores: whether fp32 may be multiplied as TF32."""
+    layer = Layer(mode, B, H, dtype, directions, backward, tensor_cores or dtype.itemsize == 2)
+    stepwise = _stepwise_us(device, layer)
+    if (reason := _missing(device, dtype, projection)) is not None:
+        return Plan("T2", stepwise, reason)
+    candidates = [Tiles(device, layer, units, batch_tile) for units in UNITS for batch_tile in BATCH_TILES]
+    fitting = [tiles for tiles in candidates if tiles.objection() is None]
+    if not fitting:
+        return Plan("T2", stepwise, f"nothing fits: {candidates[0].objection()}")
+    engine, _, _, best = min((_engine_us(tiles), tiles.units, tiles.batch_tile, tiles) for tiles in fitting)
+    if engine >= stepwise:
+        return Plan(
+            "T2", stepwise, f"quicker than the engine, which would take {engine:.1f} us in {_waves(best)} waves"
+        )
+    if START_US + T * engine >= T * stepwise:
+        return Plan("T2", stepwise, f"T={T} steps do not pay for starting the engine")
+    if best.slices == 1:
+        tier, reason = "T0", f"one program holds all of W_hh for {best.batch_tile} rows"
+    else:
+        tier, reason = "T1", f"{best.slices} programs share W_hh for {best.batch_tile} rows"
+    return Plan(
+        tier, engine, reason, START_US, best.units, best.chunks, best.slices, best.batch_tile, best.batch_tiles,
+        best.groups * best.slices, _waves(best), best.warps, best.shared,
+    )  # fmt: skip
+
+
+def _missing(device: Device, dtype: torch.dtype, projection: int) -> str | None:
+    if device.capability < OLDEST:
+        return f"the engine needs compute capability 8.0, {device.name} has {device.capability / 10}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the engine has float32, bfloat16 and float16, not {dtype}"
+    if projection:
+        return "the engine has no projection"
+    return None
+
+
+def _engine_us(tiles: Tiles) -> float:
+    device, layer = tiles.device, tiles.layer
+    latency = POINTWISE + (ROUND_TRIP if tiles.slices == 1 else RELEASE + POLL + LOAD)
+    # W_hh is in shared memory for tensor cores, in registers without.
+    read = tiles.exchanged + (tiles.weights if layer.tensor_cores else 0)
+    arithmetic = 2 * tiles.weights // layer.dtype.itemsize * tiles.batch_tile / _flops(device, layer)
+    cycles = _waves(tiles) * (latency + max(arithmetic, read / SHARED_BYTES))
+    exchange = tiles.groups * tiles.slices * tiles.exchanged if tiles.slices > 1 else 0
+    return (cycles / device.clock + exchange / device.l2_bandwidth) * 1e6
+
+
+def _waves(tiles: Tiles) -> int:
+    return -(-tiles.groups // (tiles.device.sms // tiles.slices))
+
+
+def _stepwise_us(device: Device, layer: Layer) -> float:
+    rows = layer.blocks * layer.H
+    weights = rows * layer.H * layer.dtype.itemsize
+    read = weights / (device.l2_bandwidth if weights <= device.l2_bytes else device.memory_bandwidth)
+    product = 2 * layer.B * rows * layer.H / (_flops(device, layer) * device.sms * device.clock)
+    traffic = 2 * layer.B * rows * 4 / device.l2_bandwidth
+    return layer.directions * (2 * LAUNCH_US + (read + product + traffic) * 1e6)
+
+
+def _flops(device: Device, layer: Layer) -> int:
+    """Of an SM per cycle."""
+    if not layer.tensor_cores:
+        return device.fp32_flops
+    return device.tensor_flops if layer.dtype.itemsize == 2 else device.tf32_flops

@@ -1,0 +1,169 @@
+"""What one program of the sequence engine holds for its units and rows, and whether a GPU has room for it.
+
+The forward's tile of weights is [M, Kp], M = 4 * units rows (GRU: one block of the four is unused; RNN: M = units), and
+Kp is H cut into at most three chunks of powers of two. The backward multiplies by the transpose, dh = W_hh^T db: its
+tile is [units, 4 * Kp] (RNN: [units, Kp]), as many bytes, and M = units. The second operand, h or db, passes through
+shared memory one chunk of one block at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from rnnattn.backends.sequence_device import Device
+from rnnattn.reference import CELLS
+
+SMALLEST_CHUNK, MOST_CHUNKS = 64, 3
+SCRATCH = 3 << 10  # bytes of shared memory for changes of layout: compiled sketches took none to 4 KB
+MOST_SUMS = 64  # registers of a thread for sums of the product, beside as many for gates, states and addresses
+MOST_FMA_OPERANDS = 96  # registers of a thread for both operands, where no tensor cores are used
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How large the second operand of a product may be for its registers not to be spilled, found by compiling."""
+
+    alone: int  # bytes of one row of the largest chunk, where there is one chunk
+    several: int  # the same, where there are several
+    most: int  # bytes of a chunk for all rows
+
+
+# mma.sync takes operands from registers: in 16 bits a chunk of 1024, and one of 512 for 64 rows, spilled (forward on
+# sm_80, backward on sm_80 and sm_90); two of 512 did not. wgmma reads them from shared memory: 1024 compiled well, but
+# (1024, 512) spilled addresses, and three of 512 did not. tcgen05 spilled addresses at 1024 and not at two of 512.
+OPERANDS = {
+    "mma.sync": Operand(alone=1 << 10, several=1 << 10, most=32 << 10),
+    "wgmma": Operand(alone=2 << 10, several=1 << 10, most=64 << 10),
+    "tcgen05": Operand(alone=1 << 10, several=1 << 10, most=32 << 10),
+    "fma": Operand(alone=1 << 10, several=1 << 10, most=32 << 10),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is to be computed."""
+
+    mode: str
+    B: int
+    H: int
+    dtype: torch.dtype
+    directions: int
+    backward: bool
+    tensor_cores: bool
+
+    @property
+    def blocks(self) -> int:
+        return CELLS[self.mode].blocks
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A layer in programs of so many units and rows."""
+
+    device: Device
+    layer: Layer
+    units: int
+    batch_tile: int
+
+    @functools.cached_property
+    def slices(self) -> int:
+        return -(-self.layer.H // self.units)
+
+    @functools.cached_property
+    def batch_tiles(self) -> int:
+        return -(-self.layer.B // self.batch_tile)
+
+    @functools.cached_property
+    def groups(self) -> int:
+        return self.layer.directions * self.batch_tiles
+
+    @functools.cached_property
+    def row_blocks(self) -> int:
+        """Of the tile, with room for a GRU's fourth."""
+        return 1 if self.layer.blocks == 1 else 4
+
+    @functools.cached_property
+    def M(self) -> int:
+        return self.units if self.layer.backward else self.row_blocks * self.units
+
+    @functools.cached_property
+    def instruction(self) -> str:
+        """Of the product. Triton takes those of a warp group and of the tensor memory for 64 rows and more."""
+        if not self.layer.tensor_cores:
+            return "fma"
+        if self.M < 64:
+            return "mma.sync"
+        return {9: "wgmma", 10: "tcgen05"}.get(self.device.capability // 10, "mma.sync")
+
+    @functools.cached_property
+    def chunks(self) -> tuple[int, ...]:
+        operand, itemsize = OPERANDS[self.instruction], self.layer.dtype.itemsize
+        parts = chunks(self.layer.H, operand.alone // itemsize)
+        return parts if len(parts) == 1 else chunks(self.layer.H, operand.several // itemsize)
+
+    @functools.cached_property
+    def weights(self) -> int:
+        """Bytes of the tile."""
+        return self.row_blocks * self.units * sum(self.chunks) * self.layer.dtype.itemsize
+
+    @functools.cached_property
+    def chunk(self) -> int:
+        """Bytes of the largest chunk of the second operand."""
+        return max(self.chunks, default=0) * self.batch_tile * self.layer.dtype.itemsize
+
+    @functools.cached_property
+    def shared(self) -> int:
+        return self.weights + self.chunk
+
+    @functools.cached_property
+    def exchanged(self) -> int:
+        """Bytes of h (db) that a program takes in per step."""
+        blocks = self.layer.blocks if self.layer.backward else 1
+        return blocks * sum(self.chunks) * self.batch_tile * self.layer.dtype.itemsize
+
+    @functools.cached_property
+    def warps(self) -> int:
+        """Eight where four were seen to spill: for many sums, a large tile to load, a large chunk; and without tensor
+        cores."""
+        few = self.M * self.batch_tile <= 4096 and self.weights <= 64 << 10 and self.chunk <= 32 << 10
+        return 4 if few and self.layer.tensor_cores else 8
+
+    def objection(self) -> str | None:
+        """Why this does not fit, or None."""
+        device, threads, itemsize = self.device, self.warps * 32, self.layer.dtype.itemsize
+        if not self.chunks:
+            largest = OPERANDS[self.instruction].several // itemsize
+            return f"{MOST_CHUNKS} chunks of {largest} (larger ones spill registers) do not cover H={self.layer.H}"
+        if (wanted := self.shared + SCRATCH) > device.shared:
+            there = f"{device.name} gives {device.shared >> 10}"
+            return f"a program of {self.units} units wants {wanted >> 10} KB of shared memory, {there}"
+        if self.slices > 1 and self.slices > device.sms:
+            return (
+                f"{self.slices} programs of {self.units} units wait for each other, {device.name} has {device.sms} SMs"
+            )
+        if self.M * self.batch_tile > MOST_SUMS * threads:
+            return f"the sums of {self.units} units and {self.batch_tile} rows would spill registers"
+        if self.chunk > OPERANDS[self.instruction].most:
+            return f"{self.batch_tile} rows of a chunk of {max(self.chunks)} would spill registers ({self.instruction})"
+        if not self.layer.tensor_cores and (self.weights + self.chunk) // itemsize > MOST_FMA_OPERANDS * threads:
+            return f"the operands of {self.units} units, H={self.layer.H} do not fit in registers (no tensor cores)"
+        return None
+
+
+def chunks(H: int, largest: int) -> tuple[int, ...]:
+    """Powers of two that cover H, in falling order, with the least sum; empty where three do not suffice.
+
+    None is below 64; but H < 64 is one chunk of at least 16.
+    """
+    if H < SMALLEST_CHUNK:
+        return (max(16, 1 << (H - 1).bit_length()),)
+    whole = min(H // largest, MOST_CHUNKS)
+    rest = -(-(H - whole * largest) // SMALLEST_CHUNK) * SMALLEST_CHUNK
+    if rest and whole == MOST_CHUNKS:
+        return ()
+    while rest.bit_count() > MOST_CHUNKS - whole:
+        rest += rest & -rest
+    return (largest,) * whole + tuple(1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1)
