@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rnnattn.kernels.grid_barrier import arrive, wait
+from rnnattn.kernels.grid_barrier import arrive, load_shared, wait
 from rnnattn.kernels.math import dot, tanh, uniform
 
 
@@ -32,7 +32,7 @@ def _gradients(db, at, inside, GH, first, PARTS: tl.constexpr, CHUNK: tl.constex
     """db^T [PARTS, CHUNK, BATCH] of rows at these addresses."""
     column = first + tl.arange(0, PARTS)[:, None, None] * CHUNK + tl.arange(0, CHUNK)[None, :, None]
     mask = (column < GH) & inside[None, None, :]
-    return tl.load(db + at[None, None, :] + column, mask, 0.0, cache_modifier=".cg")
+    return load_shared(db + at[None, None, :] + column, mask, 0.0)
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _cut(d, gathered, anew, present, GATHERS: tl.constexpr):
     return tl.where(anew[None, :], 0.0, d), gathered
 
 
-@triton.jit(do_not_specialize=["T", "B", "tiles"])
+@triton.jit(do_not_specialize=["T", "B", "tiles", "first_group"])
 def _backward_kernel(
     dy,  # [T, B, K H], or None
     dcells,  # [K, T, B, H] fp32, not read behind lengths, or None
@@ -76,6 +76,7 @@ def _backward_kernel(
     width,
     row_length,
     tiles,
+    first_group,
     MODE: tl.constexpr,
     K: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -90,7 +91,7 @@ def _backward_kernel(
 ):
     GATES: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
     GH = GATES * H
-    group = tl.program_id(0) // SLICES
+    group = first_group + tl.program_id(0) // SLICES
     k, tile, first_unit = group // tiles, group % tiles, tl.program_id(0) % SLICES * UNITS
     reverse = REVERSE | (k == 1)
 
@@ -109,7 +110,7 @@ def _backward_kernel(
     weights += k.to(tl.int64) * GH * width
     w = ()
     for chunk in tl.static_range(CHUNKS):
-        w = w + (_weights(weights, unit, H, GH, width, chunk * PARTS * CHUNK, PARTS, CHUNK),)
+        w += (_weights(weights, unit, H, GH, width, chunk * PARTS * CHUNK, PARTS, CHUNK),)  # type: ignore[assignment]
 
     slot = B.to(tl.int64) * K * row_length  # numbers of one step of da
     own = (row * K + k) * row_length
@@ -251,6 +252,7 @@ def sequence_backward(
     chunks: int,
     batch_tile: int,
     warps: int,
+    resident: int,  # groups in one launch
     precision: str,
 ) -> None:
     """A layer. All tensors are contiguous."""
@@ -259,12 +261,14 @@ def sequence_backward(
         return
     slices, tiles = triton.cdiv(H, units), triton.cdiv(B, batch_tile)
     counters = None if slices == 1 else torch.zeros(K * tiles, dtype=torch.int32, device=dh.device)
-    _backward_kernel[(K * tiles * slices,)](
-        dy, dcells, weights, y, h_prev, gates, cells, c0, lengths, order, resets, dh, dc, da, da if db is None else db,
-        counters, T, B, H, weights.shape[-1], da.shape[-1], tiles, MODE=mode, K=K, REVERSE=reverse,
-        TO_INITIAL=to_initial, UNITS=units, PARTS=parts, CHUNK=chunk, CHUNKS=chunks, BATCH=batch_tile, SLICES=slices,
-        PRECISION=precision, num_warps=warps, num_stages=1, launch_cooperative_grid=slices > 1,
-    )  # fmt: skip
+    for first in range(0, K * tiles, resident):
+        _backward_kernel[(min(resident, K * tiles - first) * slices,)](
+            dy, dcells, weights, y, h_prev, gates, cells, c0, lengths, order, resets, dh, dc, da,
+            da if db is None else db, counters, T, B, H, weights.shape[-1], da.shape[-1], tiles, first, MODE=mode, K=K,
+            REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, PARTS=parts, CHUNK=chunk, CHUNKS=chunks,
+            BATCH=batch_tile, SLICES=slices, PRECISION=precision, num_warps=warps, num_stages=1,
+            launch_cooperative_grid=slices > 1,
+        )  # fmt: skip
 
 
 __all__ = ["sequence_backward"]

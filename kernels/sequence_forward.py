@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rnnattn.kernels.grid_barrier import arrive, wait
+from rnnattn.kernels.grid_barrier import arrive, load_shared, wait
 from rnnattn.kernels.math import dot, sigmoid, tanh, uniform
 
 
@@ -35,10 +35,10 @@ def _weights(weights, row, inside, width, first, CHUNK: tl.constexpr):
 
 @triton.jit
 def _states(states, at, inside, width, first, CHUNK: tl.constexpr):
-    """h^T [CHUNK, BATCH] of rows at these addresses. Written by other programs: not from the first cache."""
+    """h^T [CHUNK, BATCH] of rows at these addresses."""
     column = first + tl.arange(0, CHUNK)
     mask = (column < width)[:, None] & inside[None, :]
-    return tl.load(states + at[None, :] + column[:, None], mask, 0.0, cache_modifier=".cg")
+    return load_shared(states + at[None, :] + column[:, None], mask, 0.0)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _four(tile, UNITS: tl.constexpr, BATCH: tl.constexpr):
     return first, second, third, fourth
 
 
-@triton.jit(do_not_specialize=["T", "B", "tiles"])
+@triton.jit(do_not_specialize=["T", "B", "tiles", "first_group"])
 def _forward_kernel(
     gates_x,  # [T, B, K GH] fp32
     weights,  # [K, GH, width]
@@ -71,6 +71,7 @@ def _forward_kernel(
     H,
     width,
     tiles,
+    first_group,
     MODE: tl.constexpr,
     K: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -84,7 +85,7 @@ def _forward_kernel(
 ):
     BLOCKS: tl.constexpr = 1 if MODE == "RNN_TANH" or MODE == "RNN_RELU" else 4
     GATES: tl.constexpr = 3 if MODE == "GRU" else BLOCKS
-    group = tl.program_id(0) // SLICES
+    group = first_group + tl.program_id(0) // SLICES
     k, tile, first_unit = group // tiles, group % tiles, tl.program_id(0) % SLICES * UNITS
     reverse = REVERSE | (k == 1)
 
@@ -109,7 +110,7 @@ def _forward_kernel(
     weights += k * GATES * H * width
     w = ()
     for chunk in tl.static_range(CHUNKS):
-        w = w + (_weights(weights, column.to(tl.int64), line_there, width, chunk * CHUNK, CHUNK),)
+        w += (_weights(weights, column.to(tl.int64), line_there, width, chunk * CHUNK, CHUNK),)  # type: ignore[assignment]
     if bias is not None:
         bias_tile = tl.load(bias + k * GATES * H + column, line_there, 0.0)[:, None]
     if bias_q is not None:
@@ -144,7 +145,7 @@ def _forward_kernel(
             started = tl.where(anew[None, :], instead_h, h)
         b = tl.zeros((BLOCKS * UNITS, BATCH), tl.float32)
         if SLICES == 1:
-            b = dot(w[0], started.to(states.dtype.element_ty), b, PRECISION)
+            b = dot(w[0], started.to(states.dtype.element_ty), b, PRECISION)  # type: ignore[misc]
         else:
             before, readable = tl.where(reverse, t + 2, t), present
             if lengths is not None and (REVERSE or K == 2):  # backwards a row begins at its own last step
@@ -216,7 +217,7 @@ def sequence_forward(
     weights: Tensor,  # [K, GH, width], zero behind the first H columns
     bias: Tensor | None,  # [K, GH] fp32
     bias_q: Tensor | None,  # [K, H] fp32, GRU with biases
-    states: Tensor,  # [T + 2, B, K, width], zero likewise; in: h0 of a forward scan in the first slot, of a reverse one in the last
+    states: Tensor,  # [T + 2, B, K, width], zero likewise; in: h0, forwards in the first slot, backwards in the last
     c0: Tensor | None,  # [K, B, H] fp32, LSTM
     lengths: Tensor | None,  # int64 [B]
     order: Tensor | None,  # int64 [B], with lengths: rows by falling length
@@ -232,6 +233,7 @@ def sequence_forward(
     chunks: int,
     batch_tile: int,
     warps: int,
+    resident: int,  # groups in one launch
     precision: str,
 ) -> None:
     """A layer. All tensors are contiguous.
@@ -244,12 +246,13 @@ def sequence_forward(
         return
     slices, tiles = triton.cdiv(H, units), triton.cdiv(B, batch_tile)
     counters = None if slices == 1 else torch.zeros(K * tiles, dtype=torch.int32, device=h_n.device)
-    _forward_kernel[(K * tiles * slices,)](
-        gates_x, weights, bias, bias_q, states, c0, lengths, order, resets, gates, cells, h_n, c_n, counters, T, B, H,
-        width, tiles, MODE=mode, K=K, REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, CHUNK=chunk, CHUNKS=chunks,
-        BATCH=batch_tile, SLICES=slices, PRECISION=precision, num_warps=warps, num_stages=1,
-        launch_cooperative_grid=slices > 1,
-    )  # fmt: skip
+    for first in range(0, K * tiles, resident):
+        _forward_kernel[(min(resident, K * tiles - first) * slices,)](
+            gates_x, weights, bias, bias_q, states, c0, lengths, order, resets, gates, cells, h_n, c_n, counters, T, B,
+            H, width, tiles, first, MODE=mode, K=K, REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, CHUNK=chunk,
+            CHUNKS=chunks, BATCH=batch_tile, SLICES=slices, PRECISION=precision, num_warps=warps, num_stages=1,
+            launch_cooperative_grid=slices > 1,
+        )  # fmt: skip
 
 
 __all__ = ["sequence_forward"]

@@ -17,7 +17,8 @@ from recurrent_cases import MODES
 
 from rnnattn.backends.sequence_device import DEVICES, Device, device_of_cuda
 from rnnattn.backends.sequence_plan import BATCH_TILES, Plan, owned, plan
-from rnnattn.backends.sequence_tiles import chunks
+from rnnattn.backends.sequence_tiles import MOST_CHUNKS, chunk
+from rnnattn.reference import CELLS
 
 H100, A100 = DEVICES["H100"], DEVICES["A100"]
 bounded = settings(max_examples=100, deadline=None, derandomize=True)
@@ -68,9 +69,12 @@ def test_a_plan_fits_its_device(shape: Shape) -> None:
     assert 0 < p.shared <= shape.device.shared
     assert p.warps % 4 == 0 and p.warps * 32 <= 1024
     assert p.batch_tile in BATCH_TILES and p.units >= 16 and p.units.bit_count() == 1
-    assert sum(p.chunks) >= shape.H and 1 <= len(p.chunks) <= 3
-    assert list(p.chunks) == sorted(p.chunks, reverse=True)
-    assert all(c >= (64 if shape.H >= 64 else 16) and c.bit_count() == 1 for c in p.chunks)
+    columns = CELLS[shape.mode].blocks * shape.H if shape.backward else shape.H
+    assert p.parts * p.chunk * (p.chunks - 1) < columns <= p.parts * p.chunk * p.chunks
+    assert p.chunk >= 16 and p.chunk.bit_count() == p.parts.bit_count() == 1
+    assert shape.backward or (p.parts == 1 and p.chunks <= MOST_CHUNKS)
+    assert p.tier == "T1" or shape.backward or (p.chunk, p.chunks) == (p.units, 1)
+    assert p.resident * p.slices == len(p.launches()[0])
 
 
 @bounded
@@ -114,20 +118,19 @@ def test_the_length_decides_nothing_but_whether_the_engine_starts(shape: Shape, 
 def test_few_kernels_serve_all_batch_sizes() -> None:
     for H in (64, 256, 512, 1024):
         plans = [plan(H100, "LSTM", B, 1000, H, BF16, 1) for B in range(1, 301)]
-        assert len({(p.units, p.chunks, p.batch_tile, p.warps) for p in plans if p.tier != "T2"}) <= 6
+        assert len({(p.units, p.chunk, p.chunks, p.batch_tile, p.warps) for p in plans if p.tier != "T2"}) <= 6
 
 
 @pytest.mark.parametrize(
     "H, largest, expected",
     [
-        (1, 512, (16,)), (17, 512, (32,)), (63, 512, (64,)), (64, 512, (64,)), (65, 512, (128,)), (96, 512, (128,)),
-        (130, 512, (128, 64)), (650, 512, (512, 128, 64)), (768, 1024, (512, 256)), (960, 1024, (1024,)),
-        (1024, 1024, (1024,)), (1024, 512, (512, 512)), (1500, 512, (512,) * 3), (1537, 512, ()),
-        (500, 256, (256, 256)), (600, 256, (256, 256, 128)), (2000, 1024, (1024, 1024)),
+        (1, 512, 16), (17, 512, 32), (63, 512, 64), (64, 512, 64), (65, 512, 128), (96, 512, 128), (130, 512, 64),
+        (650, 512, 256), (768, 1024, 256), (960, 1024, 1024), (1024, 1024, 1024), (1024, 512, 512), (1500, 512, 512),
+        (500, 256, 256), (600, 256, 128), (2000, 1024, 1024), (9000, 512, 512),
     ],
 )  # fmt: skip
-def test_chunks(H: int, largest: int, expected: tuple[int, ...]) -> None:
-    assert chunks(H, largest) == expected
+def test_chunk(H: int, largest: int, expected: int) -> None:
+    assert chunk(H, largest) == expected
 
 
 @pytest.mark.parametrize("H, B, us", [
@@ -180,10 +183,13 @@ def test_tiers(device: str, mode: str, B: int, H: int, dtype: torch.dtype, tiers
     assert [p.tier for p in plans] == tiers.split()
 
 
-def test_chunks_of_512_where_registers_hold_them() -> None:
-    assert plan(A100, "LSTM", 16, 1000, 1024, BF16, 1).chunks == (512, 512)
-    assert plan(H100, "LSTM", 16, 1000, 1024, BF16, 1, backward=True).chunks == (512, 512)
-    assert plan(A100, "LSTM", 16, 1000, 512, F32, 1).chunks == (256, 256)
+@pytest.mark.parametrize("device, dtype, H, expected", [
+    (A100, BF16, 1024, (512, 2)), (A100, F32, 512, (256, 2)),
+    (H100, BF16, 1024, (1024, 1)), (H100, BF16, 768, (256, 3)),
+])  # fmt: skip
+def test_chunks_that_registers_hold(device: Device, dtype: torch.dtype, H: int, expected: tuple[int, int]) -> None:
+    p = plan(device, "LSTM", 16, 1000, H, dtype, 1)
+    assert (p.chunk, p.chunks) == expected
 
 
 def test_true_fp32_takes_small_tiles_only() -> None:
@@ -199,7 +205,7 @@ def test_true_fp32_takes_small_tiles_only() -> None:
         ({"dtype": F64}, "not torch.float64"),
         ({"projection": 64}, "no projection"),
         ({"device": dataclasses.replace(A100, name="T4", capability=75)}, "T4 has 7.5"),
-        ({"H": 3000}, "do not cover H=3000"),
+        ({"H": 4000}, "do not cover H=4000"),
         ({"H": 1500, "device": A100}, "KB of shared memory, A100 gives 163"),
         ({"B": 3000, "H": 1024}, "quicker than the engine"),
         ({"T": 1}, "T=1 steps do not pay"),

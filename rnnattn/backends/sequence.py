@@ -1,36 +1,51 @@
-"""A recurrent layer in one launch of a sequence kernel, for any cell without a projection."""
+"""A recurrent layer in one launch of a sequence kernel each way, for any cell without a projection."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnnattn.backends.stepwise import biases, matmul
-from rnnattn.reference import CELLS, DIRECTIONS, accumulation_dtype, scan_resets, split_weights
+from rnnattn.backends.stepwise import biases, contiguous, matmul
+from rnnattn.reference import (
+    CELLS,
+    DIRECTIONS,
+    LayerWeights,
+    accumulation_dtype,
+    layer_gradients,
+    previous_states,
+    scan_resets,
+    split_weights,
+)
+
+ALIGNED = 16  # numbers of a row that the kernels read at once
 
 
-class Layout(Protocol):
-    """The part of a plan that a launch needs."""
+class Tiles(NamedTuple):
+    """What a program holds; `kernels.sequence_forward` and `sequence_backward` have the words."""
 
     units: int
+    parts: int  # of the backward's sums side by side
     chunk: int
     chunks: int
     batch_tile: int
     warps: int
+    resident: int  # groups in one launch
 
 
 class SequenceKernels(Protocol):
-    """`rnnattn.kernels.sequence_forward`."""
+    """`sequence_forward` and `sequence_backward` of rnnattn.kernels."""
 
-    def forward(self, mode: str, *arguments: object) -> None: ...
+    def forward(self, mode: str, *arguments: Any) -> None: ...
+
+    def backward(self, mode: str, *arguments: Any) -> None: ...
 
 
 def layer_forward(
     kernels: SequenceKernels,
-    layout: Layout,
+    tiles: Tiles,
     precision: str,
     x: Tensor,
     h0: Tensor,
@@ -48,24 +63,118 @@ def layer_forward(
     cell, reverses = CELLS[mode], DIRECTIONS[direction]
     (T, B, I), (K, _, H), acc = x.shape, h0.shape, accumulation_dtype(x.dtype)
     parts = split_weights(weights, has_biases, K)
-    gates_x = matmul(x.reshape(T * B, I), torch.cat([w.w_ih for w in parts]).t()).view(T, B, K * cell.blocks * H)
+    w_ih = torch.cat([w.w_ih for w in parts])
+    gates_x = matmul(x.reshape(T * B, I), w_ih.t()).view(T, B, len(w_ih))
     pairs = [biases(w, cell.shared, H) for w in parts]
-    bias, bias_q = (None if None in given else torch.stack(given).to(acc) for given in zip(*pairs, strict=True))
-    width = -(-H // 16) * 16
+    bias, bias_q = (None if given[0] is None else torch.stack(given).to(acc) for given in zip(*pairs, strict=True))
+    w_hh, width = _hidden_weights(parts)
     states = x.new_empty(T + 2, B, K, H) if width == H else x.new_zeros(T + 2, B, K, width)
     for k, reverse in enumerate(reverses):
         states[T + 1 if reverse else 0, :, k, :H] = h0[k]
-    c_full = None if c0 is None else c0.to(acc).contiguous()
-    found = [scan_resets(resets, reset_to_initial, h0, None, lengths, reverse) for reverse in reverses]
-    flags = None if resets is None else torch.stack([reset.before[..., 0] for reset in found if reset is not None])
     gates = x.new_empty(K, T, B, cell.saved * H) if save and cell.saved else None
     cells = x.new_empty(K, T, B, H, dtype=acc) if save and cell.has_c else None
     h_n, c_n = x.new_empty(K, B, H), None if c0 is None else x.new_empty(K, B, H)
     kernels.forward(
-        mode, gates_x, F.pad(torch.stack([w.w_hh for w in parts]), (0, width - H)), bias, bias_q, states, c_full, lengths,
-        None if lengths is None else lengths.argsort(descending=True, stable=True), flags, reset_to_initial,
-        direction == "reverse", gates, cells, h_n, c_n, layout.units, layout.chunk, layout.chunks, layout.batch_tile, layout.warps,
+        mode, gates_x, w_hh, bias, bias_q, states, None if c0 is None else c0.to(acc).contiguous(), lengths,
+        _order(lengths), _flags(resets, lengths, h0, reverses), reset_to_initial, direction == "reverse", gates, cells,
+        h_n, c_n, tiles.units, tiles.chunk, tiles.chunks, tiles.batch_tile, tiles.warps, tiles.resident,
         precision,
     )  # fmt: skip
     y = states[1 : T + 1, ..., :H].reshape(T, B, K * H)
     return y, h_n, x.new_empty(0) if c_n is None else c_n, gates, cells
+
+
+def layer_backward(
+    kernels: SequenceKernels,
+    tiles: Tiles,
+    precision: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dcells: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_to_initial: bool,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    has_biases: bool,
+    direction: str,
+    mode: str,
+    needs_dx: bool,
+    needs_dweights: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor] | None]:
+    """`rnnattn.reference.recurrent_layer_backward`."""
+    cell, reverses = CELLS[mode], DIRECTIONS[direction]
+    (T, B, I), (K, _, H), acc = x.shape, h0.shape, accumulation_dtype(x.dtype)
+    parts = split_weights(weights, has_biases, K)
+    GH = cell.blocks * H
+    h_prev = _started_from(y, h0, lengths, resets, reset_to_initial, reverses)
+    dy, gates_k, cells_k = contiguous(dy, gates if cell.saved else None, cells if cell.has_c else None)
+    c_full = None if c0 is None else c0.to(acc).contiguous()
+    dh, dc = _start(dh_n, h0), None if c0 is None else _start(dc_n, c0)
+    da = x.new_empty(T, B, K, -(-GH // ALIGNED) * ALIGNED)
+    db = None if cell.shared else torch.empty_like(da)
+    kernels.backward(
+        mode, dy, None if dcells is None else dcells.to(acc).contiguous(), _hidden_weights(parts)[0],
+        None if cell.saved else y.contiguous(), None if cell.shared else h_prev, gates_k, cells_k, c_full, lengths,
+        _order(lengths), _flags(resets, lengths, h0, reverses), reset_to_initial, direction == "reverse", dh, dc, da,
+        db, tiles.units, tiles.parts, tiles.chunk, tiles.chunks, tiles.batch_tile, tiles.warps, tiles.resident,
+        precision,
+    )  # fmt: skip
+    dx: Tensor | None = None
+    dweights: list[Tensor] | None = [] if needs_dweights else None
+    for k, w in enumerate(parts):
+        da_k, db_k = da[:, :, k, :GH], None if db is None else db[:, :, k, :GH]
+        if needs_dx:
+            part = matmul(da_k.reshape(T * B, GH), w.w_ih)
+            dx = part if dx is None else dx.add_(part)
+        if dweights is not None:
+            dweights += layer_gradients(
+                da_k, db_k, None, x, h_prev[k], gates[k] if cell.saved else None, cells[k] if cell.has_c else None, w,
+                lengths,
+            )  # fmt: skip
+    dx = None if dx is None else dx.view(T, B, I).to(x.dtype)
+    return dx, dh.to(x.dtype), x.new_empty(0) if dc is None else dc.to(x.dtype), dweights
+
+
+def _hidden_weights(parts: list[LayerWeights]) -> tuple[Tensor, int]:
+    """W_hh of all directions [K, GH, width], and width: H made a multiple of what the kernels read at once."""
+    H = parts[0].w_hh.shape[1]
+    width = -(-H // ALIGNED) * ALIGNED
+    return F.pad(torch.stack([w.w_hh for w in parts]), (0, width - H)), width
+
+
+def _order(lengths: Tensor | None) -> Tensor | None:
+    """Rows by falling length, so that those of a tile end together."""
+    return None if lengths is None else lengths.argsort(descending=True, stable=True)
+
+
+def _flags(resets: Tensor | None, lengths: Tensor | None, h0: Tensor, reverses: tuple[bool, ...]) -> Tensor | None:
+    """bool [K, T, B]: where each direction starts anew."""
+    found = [scan_resets(resets, False, h0, None, lengths, reverse) for reverse in reverses]
+    return None if resets is None else torch.stack([reset.before[..., 0] for reset in found if reset is not None])
+
+
+def _started_from(
+    y: Tensor, h0: Tensor, lengths: Tensor | None, resets: Tensor | None, to_initial: bool, reverses: tuple[bool, ...]
+) -> Tensor:
+    """h_prev [K, T, B, H]."""
+    states = []
+    for k, (y_k, reverse) in enumerate(zip(y.chunk(len(reverses), -1), reverses, strict=True)):
+        h_prev = previous_states(y_k, h0[k], lengths, reverse)
+        reset = scan_resets(resets, to_initial, h0[k], None, lengths, reverse)
+        states.append(h_prev if reset is None else torch.where(reset.before, reset.h, h_prev))
+    return torch.stack(states)
+
+
+def _start(d: Tensor | None, state: Tensor) -> Tensor:
+    """The gradient of the last states, to be written over."""
+    acc = accumulation_dtype(state.dtype)
+    if d is None:
+        return torch.zeros(state.shape, dtype=acc, device=state.device)
+    return d.to(acc, copy=True, memory_format=torch.contiguous_format)

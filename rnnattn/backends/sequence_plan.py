@@ -56,7 +56,9 @@ class Plan:
     reason: str  # why this tier; in T2, what did not fit
     start_us: float = 0.0  # before the first step
     units: int = 0  # of a program
-    chunks: tuple[int, ...] = ()  # of H
+    parts: int = 0  # of a chunk, side by side
+    chunk: int = 0  # columns of a part
+    chunks: int = 0
     slices: int = 0  # programs of a group
     batch_tile: int = 0  # rows of a group
     batch_tiles: int = 0  # groups of a direction
@@ -64,6 +66,11 @@ class Plan:
     waves: int = 0
     warps: int = 0  # of a program
     shared: int = 0  # bytes of a program: weights and one chunk of h (db), without the compiler's scratch
+
+    @property
+    def resident(self) -> int:
+        """Groups in one launch."""
+        return len(self.launches()[0]) // self.slices if self.programs else 0
 
     def launches(self) -> list[range]:
         """The programs of each launch: whole groups. Those of T0 need not run at the same time: one launch."""
@@ -127,8 +134,8 @@ def plan(
     else:
         tier, reason = "T1", f"{best.slices} programs share W_hh for {best.batch_tile} rows"
     return Plan(
-        tier, engine, reason, START_US, best.units, best.chunks, best.slices, best.batch_tile, best.batch_tiles,
-        best.groups * best.slices, _waves(best), best.warps, best.shared,
+        tier, engine, reason, START_US, best.units, best.parts, best.chunk, best.chunks, best.slices, best.batch_tile,
+        best.batch_tiles, best.groups * best.slices, _waves(best), best.warps, best.shared,
     )  # fmt: skip
 
 

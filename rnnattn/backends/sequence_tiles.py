@@ -1,9 +1,9 @@
 """What one program of the sequence engine holds for its units and rows, and whether a GPU has room for it.
 
 The forward's tile of weights is [M, Kp], M = 4 * units rows (GRU: one block of the four is unused; RNN: M = units), and
-Kp is H cut into at most three chunks of powers of two. The backward multiplies by the transpose, dh = W_hh^T db: its
-tile is [units, 4 * Kp] (RNN: [units, Kp]), as many bytes, and M = units. The second operand, h or db, passes through
-shared memory one chunk of one block at a time.
+Kp is H in chunks of one power of two; where one program has all units, they are the chunk. The backward multiplies by
+the transpose, dh = W_hh^T db: its tile is [units, Kp], and Kp the GH columns of db in chunks of parts * `chunk`, parts
+that warps multiply side by side. The second operand, h or db, passes through shared memory one chunk at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from rnnattn.backends.sequence_device import Device
 from rnnattn.reference import CELLS
 
-SMALLEST_CHUNK, MOST_CHUNKS = 64, 3
+SMALLEST_CHUNK, MOST_CHUNKS = 64, 6
+BACKWARD_CHUNK = 64  # of a part
 SCRATCH = 3 << 10  # bytes of shared memory for changes of layout: compiled sketches took none to 4 KB
 MOST_SUMS = 64  # registers of a thread for sums of the product, beside as many for gates, states and addresses
 MOST_FMA_OPERANDS = 96  # registers of a thread for both operands, where no tensor cores are used
@@ -90,53 +91,76 @@ class Tiles:
         return self.units if self.layer.backward else self.row_blocks * self.units
 
     @functools.cached_property
+    def columns(self) -> int:
+        """Of the tile, without what fills the last chunk up."""
+        return self.layer.blocks * self.layer.H if self.layer.backward else self.layer.H
+
+    @functools.cached_property
     def instruction(self) -> str:
-        """Of the product. Triton takes those of a warp group and of the tensor memory for 64 rows and more."""
+        """Of the product. Triton takes those of a warp group and of the tensor memory for 64 rows and more, and not
+        for parts side by side."""
         if not self.layer.tensor_cores:
             return "fma"
-        if self.M < 64:
+        if self.M < 64 or self.layer.backward:
             return "mma.sync"
         return {9: "wgmma", 10: "tcgen05"}.get(self.device.capability // 10, "mma.sync")
 
     @functools.cached_property
-    def chunks(self) -> tuple[int, ...]:
+    def parts(self) -> int:
+        """One for each warp."""
+        return self.warps if self.layer.backward else 1
+
+    @functools.cached_property
+    def chunk(self) -> int:
+        """Columns of a chunk, or of a part of it."""
+        if self.layer.backward:
+            return min(BACKWARD_CHUNK, max(16, 1 << (-(-self.columns // self.parts) - 1).bit_length()))
+        if self.slices == 1:
+            return self.units
         operand, itemsize = OPERANDS[self.instruction], self.layer.dtype.itemsize
-        parts = chunks(self.layer.H, operand.alone // itemsize)
-        return parts if len(parts) == 1 else chunks(self.layer.H, operand.several // itemsize)
+        alone, several = operand.alone // itemsize, operand.several // itemsize
+        cut = chunk(self.layer.H, several)
+        whole = 1 << (self.layer.H - 1).bit_length()
+        return whole if cut < whole <= alone and whole <= -(-self.layer.H // cut) * cut else cut
+
+    @functools.cached_property
+    def chunks(self) -> int:
+        return -(-self.columns // (self.parts * self.chunk))
 
     @functools.cached_property
     def weights(self) -> int:
         """Bytes of the tile."""
-        return self.row_blocks * self.units * sum(self.chunks) * self.layer.dtype.itemsize
+        return self.M * self.parts * self.chunk * self.chunks * self.layer.dtype.itemsize
 
     @functools.cached_property
-    def chunk(self) -> int:
-        """Bytes of the largest chunk of the second operand."""
-        return max(self.chunks, default=0) * self.batch_tile * self.layer.dtype.itemsize
+    def operand(self) -> int:
+        """Bytes of a chunk of the second operand."""
+        return self.parts * self.chunk * self.batch_tile * self.layer.dtype.itemsize
 
     @functools.cached_property
     def shared(self) -> int:
-        return self.weights + self.chunk
+        return self.weights + self.operand
 
     @functools.cached_property
     def exchanged(self) -> int:
         """Bytes of h (db) that a program takes in per step."""
-        blocks = self.layer.blocks if self.layer.backward else 1
-        return blocks * sum(self.chunks) * self.batch_tile * self.layer.dtype.itemsize
+        return self.columns * self.batch_tile * self.layer.dtype.itemsize
 
     @functools.cached_property
     def warps(self) -> int:
-        """Eight where four were seen to spill: for many sums, a large tile to load, a large chunk; and without tensor
+        """Eight where four were seen to spill: for many sums, a large tile to load, many rows; and without tensor
         cores."""
-        few = self.M * self.batch_tile <= 4096 and self.weights <= 64 << 10 and self.chunk <= 32 << 10
+        tile = self.M * self.columns * self.layer.dtype.itemsize
+        few = self.M * self.batch_tile <= 4096 and tile <= 64 << 10 and self.batch_tile * self.columns <= 16 << 10
         return 4 if few and self.layer.tensor_cores else 8
 
     def objection(self) -> str | None:
         """Why this does not fit, or None."""
         device, threads, itemsize = self.device, self.warps * 32, self.layer.dtype.itemsize
-        if not self.chunks:
-            largest = OPERANDS[self.instruction].several // itemsize
-            return f"{MOST_CHUNKS} chunks of {largest} (larger ones spill registers) do not cover H={self.layer.H}"
+        if not self.layer.backward and self.chunks > MOST_CHUNKS:
+            return f"{MOST_CHUNKS} chunks of {self.chunk} (larger ones spill registers) do not cover H={self.layer.H}"
+        if self.units >= 2 * max(self.layer.H, 16):
+            return f"{self.units} units are too many for H={self.layer.H}"
         if (wanted := self.shared + SCRATCH) > device.shared:
             there = f"{device.name} gives {device.shared >> 10}"
             return f"a program of {self.units} units wants {wanted >> 10} KB of shared memory, {there}"
@@ -146,24 +170,18 @@ class Tiles:
             )
         if self.M * self.batch_tile > MOST_SUMS * threads:
             return f"the sums of {self.units} units and {self.batch_tile} rows would spill registers"
-        if self.chunk > OPERANDS[self.instruction].most:
-            return f"{self.batch_tile} rows of a chunk of {max(self.chunks)} would spill registers ({self.instruction})"
-        if not self.layer.tensor_cores and (self.weights + self.chunk) // itemsize > MOST_FMA_OPERANDS * threads:
+        if self.operand > OPERANDS[self.instruction].most:
+            return f"{self.batch_tile} rows of a chunk of {self.chunk} would spill registers ({self.instruction})"
+        if not self.layer.tensor_cores and (self.weights + self.operand) // itemsize > MOST_FMA_OPERANDS * threads:
             return f"the operands of {self.units} units, H={self.layer.H} do not fit in registers (no tensor cores)"
         return None
 
 
-def chunks(H: int, largest: int) -> tuple[int, ...]:
-    """Powers of two that cover H, in falling order, with the least sum; empty where three do not suffice.
-
-    None is below 64; but H < 64 is one chunk of at least 16.
-    """
+def chunk(H: int, largest: int) -> int:
+    """The power of two, none below 64 unless H is, whose multiples cover H with the least to spare; of equals the
+    largest."""
     if H < SMALLEST_CHUNK:
-        return (max(16, 1 << (H - 1).bit_length()),)
-    whole = min(H // largest, MOST_CHUNKS)
-    rest = -(-(H - whole * largest) // SMALLEST_CHUNK) * SMALLEST_CHUNK
-    if rest and whole == MOST_CHUNKS:
-        return ()
-    while rest.bit_count() > MOST_CHUNKS - whole:
-        rest += rest & -rest
-    return (largest,) * whole + tuple(1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1)
+        return max(16, 1 << (H - 1).bit_length())
+    sizes = [largest >> n for n in range(largest.bit_length()) if largest >> n >= SMALLEST_CHUNK]
+    sizes = [size for size in sizes if -(-H // size) <= MOST_CHUNKS] or sizes[:1]
+    return min(sizes, key=lambda size: -(-H // size) * size)

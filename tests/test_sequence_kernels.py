@@ -1,0 +1,93 @@
+"""The sequence kernels over the recurrent cases, in the interpreter: T0, a program for all units, and T1, several side
+by side that wait for each other. Each case takes one of the two, one way of cutting it, and one dtype, by turns; with
+RNNATTN_THOROUGH=1 both and both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import F16, F32, SHORT, truth
+from recurrent_cases import RECURRENT_CASES, RecurrentCase
+from tolerances import assert_close
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import side_by_side
+
+from rnnattn.backends import sequence
+from rnnattn.backends.sequence import Tiles
+from rnnattn.backends.triton import Triton
+from rnnattn.kernels.sequence_backward import sequence_backward
+from rnnattn.kernels.sequence_forward import sequence_forward
+from rnnattn.reference import CELLS
+
+KERNELS = SimpleNamespace(forward=sequence_forward, backward=sequence_backward)
+WIDEST = 100  # H, as numpy is slow
+THOROUGH = os.environ.get("RNNATTN_THOROUGH") == "1"
+
+
+def tiles(tier: str, mode: str, H: int, backward: bool) -> Tiles:
+    """The smallest that there are in T1, so that there are several programs, chunks and launches; one of all in T0."""
+    columns = CELLS[mode].blocks * H if backward else H
+    whole = max(16, 1 << (H - 1).bit_length())
+    units, parts = 16 if tier == "T1" else whole, 2 if backward else 1
+    chunk = 16 if backward or tier == "T1" else whole
+    return Tiles(units, parts, chunk, -(-columns // (parts * chunk)), 16, 4, 1 if tier == "T1" else 100)
+
+
+@pytest.fixture(params=["T0", "T1"])
+def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Backend triton runs the sequence kernels."""
+
+    def forward(self: Any, x: Tensor, h0: Tensor, *rest: Any) -> Any:
+        mode = rest[-2]
+        return sequence.layer_forward(KERNELS, tiles(request.param, mode, h0.shape[-1], False), "ieee", x, h0, *rest)
+
+    def backward(self: Any, dy: Any, dh_n: Any, dc_n: Any, dcells: Any, x: Tensor, h0: Tensor, *rest: Any) -> Any:
+        mode, arguments = rest[10], (dy, dh_n, dc_n, dcells, x, h0, *rest[:13])
+        return sequence.layer_backward(KERNELS, tiles(request.param, mode, h0.shape[-1], True), "ieee", *arguments)
+
+    monkeypatch.setattr(Triton, "recurrent_layer_forward", forward)
+    monkeypatch.setattr(Triton, "recurrent_layer_backward", backward)
+    with side_by_side.cooperative_launches(timeout=120):
+        yield request.param
+
+
+def parameters() -> Iterator[Any]:
+    cases = [case for case in RECURRENT_CASES if not case.R and case.H <= WIDEST and not case.recompute]
+    for n, case in enumerate(cases):
+        several = 16 < case.H < 40 or (n % 2 == 0 and case.H <= 16)
+        for tier in ("T0", "T1"):
+            for dtype in (F32, F16):
+                taken = tier == ("T1" if several else "T0") and dtype == (F32, F16)[n // 2 % 2]
+                if case.offered("triton", dtype) and (THOROUGH or taken):
+                    yield pytest.param(tier, case, dtype, id=f"triton-{tier}-{case.id}-{SHORT[dtype]}")
+
+
+@pytest.mark.parametrize("tier, case, dtype", list(parameters()), indirect=["tier"])
+def test_cases(tier: str, case: RecurrentCase, dtype: torch.dtype) -> None:
+    assert_close(case.run(case.tensors(dtype), "triton"), truth(case, dtype), case.op, dtype, "triton")
+
+
+@pytest.mark.parametrize("mode", ("LSTM", "GRU", "RNN_TANH"))
+def test_three_programs_of_a_group_on_triton(mode: str, tier: str) -> None:
+    case = RecurrentCase(3, 5, 4, 35, "", mode, direction="bidirectional", lengths=(5, 0, 3), resets="some",
+                         to_initial=True, states=True)  # fmt: skip
+    with side_by_side.cooperative_launches(timeout=120) as launched:
+        got = case.run(case.tensors(F32), "triton")
+    assert_close(got, truth(case, F32), case.op, F32, "triton")
+    assert len(launched) == (4 if tier == "T1" else 0)  # a launch for each direction, each way
+
+
+@pytest.mark.parametrize("tier", ["T0"], indirect=True)
+def test_rows_of_several_tiles_end_by_themselves_on_triton(tier: str) -> None:
+    """37 rows in 3 tiles, taken longest first; the last tile has none but empty ones."""
+    lengths = tuple(n % 4 for n in range(33)) + (0,) * 4
+    case = RecurrentCase(37, 4, 3, 5, "", lengths=lengths, direction="bidirectional", states=True, nan=True)
+    assert_close(case.run(case.tensors(F32), "triton"), truth(case, F32), case.op, F32, "triton")
