@@ -54,7 +54,7 @@ def checked_steps(
     """
     if isinstance(lengths, Packing):
         T, B = lengths.shape
-        return T, B, lengths.lengths.to(x.device)
+        return T, B, lengths.lengths().to(x.device)
     if x.dim() != 3:
         raise RuntimeError(f"{op}: expected input with 3 dimensions, got shape {list(x.shape)}")
     T, B, _ = x.shape

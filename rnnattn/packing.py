@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -14,48 +13,62 @@ from rnnattn.transforms import is_transformed, want_equations
 class Packing:
     """The layout of packed rows [N, F]: of step 0 all B rows, longest first, then of each step those still running."""
 
-    def __init__(self, batch_sizes: Tensor) -> None:
-        """batch_sizes: int64 [T] on the CPU, as a PackedSequence has them; RuntimeError where they do not fall."""
-        sizes: list[int] = batch_sizes.tolist()
-        if sizes != sorted(sizes, reverse=True) or sizes[-1] < 1:
-            raise RuntimeError(f"batch_sizes: expected positive numbers that never rise, got {sizes}")
-        self.batch_sizes = batch_sizes
-        self.shape = len(sizes), sizes[0]  # T, B
-        self.N = sum(sizes)
+    def __init__(self, batch_sizes: Tensor, rows: int) -> None:
+        """batch_sizes: int64 [T] on the CPU, as a PackedSequence has them, of that many rows in all.
+
+        Raises:
+            RuntimeError: they are not, or rise somewhere; not while compiling, which is not to depend on them.
+        """
+        if not torch.compiler.is_compiling():
+            _check_batch_sizes(batch_sizes, rows)
+        self.batch_sizes, self.N = batch_sizes, rows
+        self.shape = len(batch_sizes), int(batch_sizes[0])  # T, B
+        self._indices: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of_lengths(cls, lengths: Tensor) -> Packing:
+    def of_lengths(cls, lengths: Tensor, rows: int) -> Packing:
         """Of rows of these lengths [B], which fall."""
         lengths = lengths.cpu()
-        return cls((lengths > torch.arange(int(lengths[0]), device="cpu")[:, None]).sum(1))
+        return cls((lengths > torch.arange(int(lengths[0]), device="cpu")[:, None]).sum(1), rows)
 
-    @functools.cached_property
     def lengths(self) -> Tensor:
         """int64 [B] on the CPU: of each row, how many batch sizes are above its place."""
         return torch.searchsorted(-self.batch_sizes, -self._count(self.shape[1]))
 
     def padded(self, data: Tensor) -> Tensor:
         """[T, B, F] of packed rows [N, F]. Behind a row's length it holds what nobody is to read."""
-        rows, slots = self._indices
+        rows, slots = self._moves()
         padded: Tensor = _moved(data, slots.to(data.device), rows.to(data.device)).unflatten(0, self.shape)
         return padded
 
     def packed(self, sequence: Tensor) -> Tensor:
         """[N, F] of a padded sequence [T, B, F]."""
-        rows, slots = self._indices
+        rows, slots = self._moves()
         return _moved(sequence.flatten(0, 1), rows.to(sequence.device), slots.to(sequence.device))
 
-    @functools.cached_property
-    def _indices(self) -> tuple[Tensor, Tensor]:
+    def _moves(self) -> tuple[Tensor, Tensor]:
         """Where each slot of the packed rows stands among the padded ones, and the reverse."""
-        (T, B), N = self.shape, self.N
-        offsets, steps = self.batch_sizes.cumsum(0) - self.batch_sizes, self._count(T)
-        step = torch.repeat_interleave(steps, self.batch_sizes, output_size=N)
-        slots = (offsets[:, None] + self._count(B)).clamp(max=N - 1).flatten()
-        return self._count(N) + (steps * B - offsets)[step], slots
+        if self._indices is None:
+            T, B = self.shape
+            offsets, steps = self.batch_sizes.cumsum(0) - self.batch_sizes, self._count(T)
+            step = torch.repeat_interleave(steps, self.batch_sizes, output_size=self.N)
+            slots = (offsets[:, None] + self._count(B)).clamp(max=self.N - 1).flatten()
+            self._indices = self._count(self.N) + (steps * B - offsets)[step], slots
+        return self._indices
 
     def _count(self, n: int) -> Tensor:
         return torch.arange(n, device=self.batch_sizes.device)
+
+
+def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
+    if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1 or len(batch_sizes) == 0:
+        given = f"{batch_sizes.dtype} of shape {list(batch_sizes.shape)}"
+        raise RuntimeError(f"batch_sizes: expected int64 of shape [T] with T > 0, got {given}")
+    sizes: list[int] = batch_sizes.tolist()
+    if sizes != sorted(sizes, reverse=True) or sizes[-1] < 1:
+        raise RuntimeError(f"batch_sizes: expected positive numbers that never rise, got {sizes}")
+    if sum(sizes) != rows:
+        raise RuntimeError(f"batch_sizes: expected a sum of {rows}, the rows of packed data, got {sum(sizes)}")
 
 
 def _moved(t: Tensor, taken: Tensor, given: Tensor) -> Tensor:

@@ -66,12 +66,9 @@ def run_stack(
             mode, T, B, x, h0, c0, weights, num_layers, K, ragged, has_resets, in_chunks, return_cells, regularised
         )
         backend = backends.select(call).backend
-    if packing is not None and (regularised or in_chunks or not backends.get(backend).reads_packed):
-        y, h_n, c_n, cells = run_stack(
-            mode, packing.padded(x), h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, False,
-            lengths, None, False, recompute, return_cells, regularisation,
-        )  # fmt: skip
-        return packing.packed(y), h_n, c_n, None if cells is None else packing.packed(cells)
+    padded_for = packing if regularised or in_chunks or not backends.get(backend).reads_packed else None
+    if padded_for is not None:
+        x, packing = padded_for.padded(x), None
     cells = None
     if backend == "torch":
         y, h_n, c_n = backends.TORCH.recurrent(
@@ -87,6 +84,8 @@ def run_stack(
     if cells is not None:
         cells = cells if packing is not None else zero_invalid(cells, lengths)
         cells = cells.movedim(0, -2).flatten(-2).to(y.dtype)  # [T, B, K * H]
+    if padded_for is not None:
+        y, cells = padded_for.packed(y), None if cells is None else padded_for.packed(cells)
     if batch_first:
         y, cells = y.transpose(0, 1), None if cells is None else cells.transpose(0, 1)
     return y, h_n, c_n, cells

@@ -195,7 +195,7 @@ class RecurrentCase:
 
     def _padded(self, rows: Tensor) -> Tensor:
         assert self.lengths is not None
-        batch_sizes = Packing.of_lengths(torch.tensor(self.lengths)).batch_sizes
+        batch_sizes = Packing.of_lengths(torch.tensor(self.lengths), len(rows)).batch_sizes
         return pad_packed_sequence(PackedSequence(rows, batch_sizes), total_length=self.T)[0]
 
     def call(
@@ -210,7 +210,7 @@ class RecurrentCase:
         if self.layout == "packed":
             y, h_n, c_n, cells = run_stack(
                 self.mode, x, initials[0], initials[1] if self.has_c else None, weights, self.bias, self.layers,
-                bidirectional=self.directions == 2, lengths=Packing.of_lengths(lengths),
+                bidirectional=self.directions == 2, lengths=Packing.of_lengths(lengths, len(x)),
                 recompute=self.recompute or None, return_cells=self.cells,
             )  # fmt: skip
             return y, h_n, *(state for state in (c_n, cells) if state is not None)

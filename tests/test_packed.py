@@ -102,11 +102,26 @@ def test_what_maps_or_differentiates_the_gradient_alone(backend: str) -> None:
         close(forward_ad.unpack_dual(found).tangent, gradient(tangent))
 
 
-@pytest.mark.parametrize("batch_sizes", ([2, 2], [2, 2, 2], [3, 1, 3], [4, 1, 0], [1, 4]), ids=str)
-def test_batch_sizes_that_do_not_fit(batch_sizes: list[int], chosen: str) -> None:
-    packed = PackedSequence(torch.randn(5, I, dtype=F64), torch.tensor(batch_sizes))
+@pytest.mark.parametrize("batch_sizes", ([2, 2], [2, 2, 2], [3, 1, 3], [4, 1, 0], [1, 4], [], 5, [[3, 2]]), ids=str)
+def test_batch_sizes_that_do_not_fit(batch_sizes: Any, chosen: str) -> None:
+    packed = PackedSequence(torch.randn(5, I, dtype=F64), torch.tensor(batch_sizes, dtype=torch.int64))
     with pytest.raises(RuntimeError, match=r"batch_sizes: expected .* got"):
         module("LSTM")(packed)
+
+
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int32, torch.bool), ids=str)
+def test_batch_sizes_are_int64(dtype: torch.dtype) -> None:
+    """As torch.nn has it."""
+    packed = PackedSequence(torch.randn(2, I, dtype=F64), torch.ones(2, dtype=dtype))
+    with pytest.raises(RuntimeError, match=r"batch_sizes: expected int64 of shape .*, got torch\.\w+ of shape \[2\]"):
+        module("LSTM")(packed)
+
+
+@pytest.mark.parametrize("settings", ({}, {"zoneout": 0.1}, {"recompute": "chunk"}), ids=str)
+def test_a_call_is_explained_once(settings: Any, chosen: str) -> None:
+    packed = pack_padded_sequence(torch.randn(3, 2, I, dtype=F64), [3, 2])
+    explained = rnnattn.explain(module("LSTM", **settings), packed)
+    assert len(explained) == 1 and explained[0].backend == chosen
 
 
 def test_gaps_between_elements(chosen: str) -> None:
@@ -159,6 +174,15 @@ def test_the_operator_checks_lengths(backend: str) -> None:
             run(lengths)
     with pytest.raises(RuntimeError, match="resets: expected none with a packed sequence"):
         run(torch.tensor([3, 2]), torch.ones(3, 2, dtype=torch.bool))
+    backend = "reference"
+    with pytest.raises(RuntimeError, match=r"x: expected 3 dimensions .* for backend reference"):
+        run(torch.tensor([3, 2]))
+
+
+def test_compiled_whole() -> None:
+    m, packed = module("LSTM"), pack_padded_sequence(torch.randn(3, 2, I, dtype=F64), [3, 2])
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        close(torch.compile(m, backend="aot_eager", fullgraph=True)(packed), m(packed))
 
 
 def test_compiled() -> None:

@@ -27,7 +27,7 @@ inline BatchShape batch_shape(const at::Tensor& x, int64_t B, const OptionalTens
   const int64_t* length = lengths->const_data_ptr<int64_t>();
   TORCH_CHECK(length[B - 1] > 0 && std::is_sorted(length, length + B, std::greater<>()) &&
                   std::accumulate(length, length + B, int64_t{0}) == x.size(0),
-              "lengths: expected positive ones of a packed sequence in falling order with a sum of ", x.size(0), ", got ", *lengths);
+              "lengths: expected positive ones of a packed sequence in falling order with a sum of ", x.size(0));
   return {length[0], B, true};
 }
 

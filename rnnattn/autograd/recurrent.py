@@ -44,10 +44,17 @@ torch.library.define("rnnattn::recurrent_layer_backward", _BACKWARD)
 torch.library.define("rnnattn::recurrent_layer_gradients", _BACKWARD)  # the same, whoever looks on
 
 
+def _backend(name: str, x: Tensor) -> backends.Backend:
+    backend = backends.get(name)
+    if x.dim() != 3 and not (x.dim() == 2 and backend.reads_packed):
+        raise RuntimeError(f"x: expected 3 dimensions [T, B, I] for backend {name}, got shape {list(x.shape)}")
+    return backend
+
+
 def _forward(  # type: ignore[no-untyped-def]
     x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save, backend
 ):
-    y, h_n, c_n, gates, cells = backends.get(backend).recurrent_layer_forward(
+    y, h_n, c_n, gates, cells = _backend(backend, x).recurrent_layer_forward(
         x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
     )
     cell = CELLS[mode]
@@ -81,7 +88,7 @@ def _backward(  # type: ignore[no-untyped-def]
     direction, mode, needs_dx, needs_dweights, backend, overwrites_gates=False,
 ):  # fmt: skip
     """overwrites_gates: the backend may leave anything in them."""
-    dx, dh0, dc0, dweights = backends.get(backend).recurrent_layer_backward(
+    dx, dh0, dc0, dweights = _backend(backend, x).recurrent_layer_backward(
         dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
         direction, mode, needs_dx, needs_dweights, overwrites_gates,
     )  # fmt: skip
@@ -162,7 +169,7 @@ def _equations(lengths: Tensor | None, *settings: Any) -> Any:
     def forward(x: Tensor, h0: Tensor, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
         if x.dim() == 2:
             assert lengths is not None
-            packing = Packing.of_lengths(lengths)
+            packing = Packing.of_lengths(lengths, len(x))
             y, h_n, c_n, cells = forward(packing.padded(x), h0, c0, *weights)
             if c0 is not None:
                 cells = packing.packed(cells.movedim(0, 2)).movedim(1, 0)

@@ -33,9 +33,7 @@ def run_packed(
     module.check_input(data, batch_sizes)
     if hx is not None and order is not None:
         hx = tuple(hx[n].index_select(1, order) for n in range(len(module._names)))
-    packing = Packing(batch_sizes)
-    if len(data) != packing.N:
-        raise RuntimeError(f"batch_sizes: expected a sum of {len(data)}, the rows of packed data, got {packing.N}")
+    packing = Packing(batch_sizes, len(data))
     if hx is None:
         hx = module._zero_states(data, packing.shape[1])
     else:
