@@ -21,10 +21,9 @@ pytest.importorskip("triton")
 import side_by_side
 
 from rnnattn.backends import sequence
-from rnnattn.backends.sequence import Tiles
+from rnnattn.backends.sequence import Launch
 from rnnattn.backends.triton import Triton
-from rnnattn.kernels.sequence_backward import sequence_backward
-from rnnattn.kernels.sequence_forward import sequence_forward
+from rnnattn.kernels import sequence_backward, sequence_forward
 from rnnattn.reference import CELLS
 
 KERNELS = SimpleNamespace(forward=sequence_forward, backward=sequence_backward)
@@ -32,13 +31,13 @@ WIDEST = 100  # H, as numpy is slow
 THOROUGH = os.environ.get("RNNATTN_THOROUGH") == "1"
 
 
-def tiles(tier: str, mode: str, H: int, backward: bool) -> Tiles:
+def tiles(tier: str, mode: str, H: int, backward: bool) -> Launch:
     """The smallest that there are in T1, so that there are several programs, chunks and launches; one of all in T0."""
     columns = CELLS[mode].blocks * H if backward else H
     whole = max(16, 1 << (H - 1).bit_length())
     units, parts = 16 if tier == "T1" else whole, 2 if backward else 1
     chunk = 16 if backward or tier == "T1" else whole
-    return Tiles(units, parts, chunk, -(-columns // (parts * chunk)), 16, 4, 1 if tier == "T1" else 100)
+    return Launch(units, parts, chunk, -(-columns // (parts * chunk)), 16, 4, 1 if tier == "T1" else 100)
 
 
 @pytest.fixture(params=["T0", "T1"])

@@ -14,7 +14,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -108,8 +108,9 @@ def launches(dtype: torch.dtype, thorough: bool) -> Iterator[str]:
         yield f"T={T} D={D} A={A}"
 
 
-def compiled(architecture: int, thorough: bool) -> Iterator[Row]:
-    """Compiles everything for one GPU; must run in a process of its own, without TRITON_INTERPRET."""
+def compiled(architecture: int, launches: Callable[[str], Iterator[str]]) -> Iterator[tuple[Row, Any]]:
+    """Compiles for one GPU what `launches` launches for the name of a dtype; must run in a process of its own, without
+    TRITON_INTERPRET. Rows, and the kernels themselves."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -135,11 +136,11 @@ def compiled(architecture: int, thorough: bool) -> Iterator[Row]:
 
     driver.set_active(Offline())
     JITFunction.run = compile_only
-    for dtype_name, dtype in DTYPES.items():
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype_name == "tf32" else "ieee"
-        for case in launches(dtype, thorough):
+    for dtype in DTYPES:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+        for case in launches(dtype):
             for name, kernel in launched.values():
-                yield resources(kernel, name, case, dtype_name, architecture)
+                yield resources(kernel, name, case, dtype, architecture), kernel
             launched.clear()
 
 
@@ -169,7 +170,7 @@ def main() -> None:
     line = "{kernel:32}{case:22}{dtype:6}{warps:>6}{registers:>10}{stack:>6}{shared:>8}  {tensor_core}".format
     if not options.json:
         print(line(**{name: name for name in Row.__dataclass_fields__}))
-    for row in compiled(options.architecture, options.thorough):
+    for row, _ in compiled(options.architecture, lambda dtype: launches(DTYPES[dtype], options.thorough)):
         print(json.dumps(asdict(row)) if options.json else line(**asdict(row)), flush=True)
 
 

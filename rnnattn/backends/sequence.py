@@ -23,8 +23,8 @@ from rnnattn.reference import (
 ALIGNED = 16  # numbers of a row that the kernels read at once
 
 
-class Tiles(NamedTuple):
-    """What a program holds; `kernels.sequence_forward` and `sequence_backward` have the words."""
+class Launch(NamedTuple):
+    """How a layer is cut into programs: the part of a `sequence_plan.Plan` that the kernels take."""
 
     units: int
     parts: int  # of the backward's sums side by side
@@ -45,7 +45,7 @@ class SequenceKernels(Protocol):
 
 def layer_forward(
     kernels: SequenceKernels,
-    tiles: Tiles,
+    launch: Launch,
     precision: str,
     x: Tensor,
     h0: Tensor,
@@ -77,7 +77,7 @@ def layer_forward(
     kernels.forward(
         mode, gates_x, w_hh, bias, bias_q, states, None if c0 is None else c0.to(acc).contiguous(), lengths,
         _order(lengths), _flags(resets, lengths, h0, reverses), reset_to_initial, direction == "reverse", gates, cells,
-        h_n, c_n, tiles.units, tiles.chunk, tiles.chunks, tiles.batch_tile, tiles.warps, tiles.resident,
+        h_n, c_n, launch.units, launch.chunk, launch.chunks, launch.batch_tile, launch.warps, launch.resident,
         precision,
     )  # fmt: skip
     y = states[1 : T + 1, ..., :H].reshape(T, B, K * H)
@@ -86,7 +86,7 @@ def layer_forward(
 
 def layer_backward(
     kernels: SequenceKernels,
-    tiles: Tiles,
+    launch: Launch,
     precision: str,
     dy: Tensor | None,
     dh_n: Tensor | None,
@@ -123,7 +123,7 @@ def layer_backward(
         mode, dy, None if dcells is None else dcells.to(acc).contiguous(), _hidden_weights(parts)[0],
         None if cell.saved else y.contiguous(), None if cell.shared else h_prev, gates_k, cells_k, c_full, lengths,
         _order(lengths), _flags(resets, lengths, h0, reverses), reset_to_initial, direction == "reverse", dh, dc, da,
-        db, tiles.units, tiles.parts, tiles.chunk, tiles.chunks, tiles.batch_tile, tiles.warps, tiles.resident,
+        db, launch.units, launch.parts, launch.chunk, launch.chunks, launch.batch_tile, launch.warps, launch.resident,
         precision,
     )  # fmt: skip
     dx: Tensor | None = None

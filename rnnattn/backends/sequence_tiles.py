@@ -19,7 +19,8 @@ from rnnattn.reference import CELLS
 SMALLEST_CHUNK, MOST_CHUNKS = 64, 6
 BACKWARD_CHUNK = 64  # of a part
 SCRATCH = 3 << 10  # bytes of shared memory for changes of layout: compiled sketches took none to 4 KB
-MOST_SUMS = 64  # registers of a thread for sums of the product, beside as many for gates, states and addresses
+MOST_SUMS = 64  # registers of a thread for sums of the product, beside as many for gates, states and addresses;
+MOST_SUMS_OF_PARTS = 32  # of parts of them that are to be added up
 MOST_FMA_OPERANDS = 96  # registers of a thread for both operands, where no tensor cores are used
 
 
@@ -168,7 +169,8 @@ class Tiles:
             return (
                 f"{self.slices} programs of {self.units} units wait for each other, {device.name} has {device.sms} SMs"
             )
-        if self.M * self.batch_tile > MOST_SUMS * threads:
+        most = MOST_SUMS_OF_PARTS if self.layer.backward else MOST_SUMS
+        if self.M * self.parts * self.batch_tile > most * threads:
             return f"the sums of {self.units} units and {self.batch_tile} rows would spill registers"
         if self.operand > OPERANDS[self.instruction].most:
             return f"{self.batch_tile} rows of a chunk of {self.chunk} would spill registers ({self.instruction})"
