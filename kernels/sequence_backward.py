@@ -45,7 +45,7 @@ def _product(w, db, at, inside, GH, UNITS: tl.constexpr, BATCH: tl.constexpr, PA
 
 
 @triton.jit
-def _cut(d, gathered, anew, present, GATHERS: tl.constexpr):
+def _cut(d, gathered, anew, GATHERS: tl.constexpr):
     """What the step before a reset gets of the gradient d of its state, nothing, and what the initial state gets."""
     if GATHERS:
         gathered += tl.where(anew[None, :], d, 0.0)
@@ -168,8 +168,8 @@ def _backward_kernel(
             d_h += _product(w, db, at, present, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, PRECISION)
             if resets is not None:
                 cut = tl.load(resets + (k * T + after).to(tl.int64) * B + row, present, 0) != 0
-                d_h, dh_initial = _cut(d_h, dh_initial, cut, present, TO_INITIAL)
-                dc_next, dc_initial = _cut(dc_next, dc_initial, cut, present, TO_INITIAL)
+                d_h, dh_initial = _cut(d_h, dh_initial, cut, TO_INITIAL)
+                dc_next, dc_initial = _cut(dc_next, dc_initial, cut, TO_INITIAL)
         dh_t = d_h + d_y
         if MODE == "RNN_TANH":
             d_0, around = dh_t * (1.0 - state * state), nothing
@@ -214,8 +214,8 @@ def _backward_kernel(
         around += _product(w, db, at, present, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, PRECISION)
         if resets is not None:
             cut = tl.load(resets + (k * T + last).to(tl.int64) * B + row, present, 0) != 0
-            around, dh_initial = _cut(around, dh_initial, cut, present, TO_INITIAL)
-            dc_next, dc_initial = _cut(dc_next, dc_initial, cut, present, TO_INITIAL)
+            around, dh_initial = _cut(around, dh_initial, cut, TO_INITIAL)
+            dc_next, dc_initial = _cut(dc_next, dc_initial, cut, TO_INITIAL)
     tl.store(dh + at_state, around + dh_initial, inside)
     if MODE == "LSTM":
         tl.store(dc + at_state, dc_next + dc_initial, inside)

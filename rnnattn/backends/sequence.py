@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rnnattn.backends.stepwise import biases, contiguous, matmul
+from rnnattn.backends.stepwise_backward import start, started_from
 from rnnattn.reference import (
     CELLS,
     DIRECTIONS,
     LayerWeights,
+    Resets,
     accumulation_dtype,
     layer_gradients,
-    previous_states,
     scan_resets,
     split_weights,
 )
@@ -74,11 +75,11 @@ def layer_forward(
     gates = x.new_empty(K, T, B, cell.saved * H) if save and cell.saved else None
     cells = x.new_empty(K, T, B, H, dtype=acc) if save and cell.has_c else None
     h_n, c_n = x.new_empty(K, B, H), None if c0 is None else x.new_empty(K, B, H)
+    anew = [scan_resets(resets, reset_to_initial, h0[k], None, lengths, reverse) for k, reverse in enumerate(reverses)]
     kernels.forward(
         mode, gates_x, w_hh, bias, bias_q, states, None if c0 is None else c0.to(acc).contiguous(), lengths,
-        _order(lengths), _flags(resets, lengths, h0, reverses), reset_to_initial, direction == "reverse", gates, cells,
-        h_n, c_n, launch.units, launch.chunk, launch.chunks, launch.batch_tile, launch.warps, launch.resident,
-        precision,
+        _order(lengths), _flags(anew), reset_to_initial, direction == "reverse", gates, cells, h_n, c_n, launch.units,
+        launch.chunk, launch.chunks, launch.batch_tile, launch.warps, launch.resident, precision,
     )  # fmt: skip
     y = states[1 : T + 1, ..., :H].reshape(T, B, K * H)
     return y, h_n, x.new_empty(0) if c_n is None else c_n, gates, cells
@@ -113,18 +114,19 @@ def layer_backward(
     (T, B, I), (K, _, H), acc = x.shape, h0.shape, accumulation_dtype(x.dtype)
     parts = split_weights(weights, has_biases, K)
     GH = cell.blocks * H
-    h_prev = _started_from(y, h0, lengths, resets, reset_to_initial, reverses)
+    anew = [scan_resets(resets, reset_to_initial, h0[k], None, lengths, reverse) for k, reverse in enumerate(reverses)]
+    each = zip(y.chunk(K, -1), h0, anew, reverses, strict=True)
+    h_prev = torch.stack([started_from(y_k, h0_k, lengths, reset, reverse) for y_k, h0_k, reset, reverse in each])
     dy, gates_k, cells_k = contiguous(dy, gates if cell.saved else None, cells if cell.has_c else None)
     c_full = None if c0 is None else c0.to(acc).contiguous()
-    dh, dc = _start(dh_n, h0), None if c0 is None else _start(dc_n, c0)
+    dh, dc = start(dh_n, h0), None if c0 is None else start(dc_n, c0)
     da = x.new_empty(T, B, K, -(-GH // ALIGNED) * ALIGNED)
     db = None if cell.shared else torch.empty_like(da)
     kernels.backward(
         mode, dy, None if dcells is None else dcells.to(acc).contiguous(), _hidden_weights(parts)[0],
         None if cell.saved else y.contiguous(), None if cell.shared else h_prev, gates_k, cells_k, c_full, lengths,
-        _order(lengths), _flags(resets, lengths, h0, reverses), reset_to_initial, direction == "reverse", dh, dc, da,
-        db, launch.units, launch.parts, launch.chunk, launch.chunks, launch.batch_tile, launch.warps, launch.resident,
-        precision,
+        _order(lengths), _flags(anew), reset_to_initial, direction == "reverse", dh, dc, da, db, launch.units,
+        launch.parts, launch.chunk, launch.chunks, launch.batch_tile, launch.warps, launch.resident, precision,
     )  # fmt: skip
     dx: Tensor | None = None
     dweights: list[Tensor] | None = [] if needs_dweights else None
@@ -154,27 +156,7 @@ def _order(lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths.argsort(descending=True, stable=True)
 
 
-def _flags(resets: Tensor | None, lengths: Tensor | None, h0: Tensor, reverses: tuple[bool, ...]) -> Tensor | None:
+def _flags(anew: list[Resets | None]) -> Tensor | None:
     """bool [K, T, B]: where each direction starts anew."""
-    found = [scan_resets(resets, False, h0, None, lengths, reverse) for reverse in reverses]
-    return None if resets is None else torch.stack([reset.before[..., 0] for reset in found if reset is not None])
-
-
-def _started_from(
-    y: Tensor, h0: Tensor, lengths: Tensor | None, resets: Tensor | None, to_initial: bool, reverses: tuple[bool, ...]
-) -> Tensor:
-    """h_prev [K, T, B, H]."""
-    states = []
-    for k, (y_k, reverse) in enumerate(zip(y.chunk(len(reverses), -1), reverses, strict=True)):
-        h_prev = previous_states(y_k, h0[k], lengths, reverse)
-        reset = scan_resets(resets, to_initial, h0[k], None, lengths, reverse)
-        states.append(h_prev if reset is None else torch.where(reset.before, reset.h, h_prev))
-    return torch.stack(states)
-
-
-def _start(d: Tensor | None, state: Tensor) -> Tensor:
-    """The gradient of the last states, to be written over."""
-    acc = accumulation_dtype(state.dtype)
-    if d is None:
-        return torch.zeros(state.shape, dtype=acc, device=state.device)
-    return d.to(acc, copy=True, memory_format=torch.contiguous_format)
+    found = [reset.before[..., 0] for reset in anew if reset is not None]
+    return torch.stack(found) if found else None

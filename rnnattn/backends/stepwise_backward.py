@@ -60,11 +60,10 @@ def layer_backward(
         c0_k = None if c0 is None else c0[k].to(acc).contiguous()
         h0_k = h0[k].contiguous()
         reset = scan_resets(resets, reset_to_initial, h0_k, c0_k, lengths, reverses[k])
-        h_prev = previous_states(y_k, h0_k, lengths, reverses[k])
-        if reset is not None:
-            h_prev = torch.where(reset.before, reset.h, h_prev)
+        h_prev = started_from(y_k, h0_k, lengths, reset, reverses[k])
+        dh_n_k, dc_n_k = None if dh_n is None else dh_n[k], None if dc_n is None else dc_n[k]
         da, db, dh_out, dh, dc = _scan(
-            kernels, mode, dy_k, _start(dh_n, h0, k), None if c0 is None else _start(dc_n, c0, k),
+            kernels, mode, dy_k, start(dh_n_k, h0_k), None if c0_k is None else start(dc_n_k, c0_k),
             None if dcells is None else dcells[k], c0_k, w, lengths, reset, y_k, h_prev, gates_k, cells_k, reverses[k],
         )  # fmt: skip
         dh0[k] = dh
@@ -79,12 +78,18 @@ def layer_backward(
     return None if dx is None else dx.view(T, B, I).to(x.dtype), dh0, dc0, dweights
 
 
-def _start(d: Tensor | None, state: Tensor, k: int) -> Tensor:
-    """The gradient of a direction's last state, to be written over."""
+def started_from(y: Tensor, h0: Tensor, lengths: Tensor | None, reset: Resets | None, reverse: bool) -> Tensor:
+    """h_prev [T, B, R] of one direction, where its scan is reset too."""
+    h_prev = previous_states(y, h0, lengths, reverse)
+    return h_prev if reset is None else torch.where(reset.before, reset.h, h_prev)
+
+
+def start(d: Tensor | None, state: Tensor) -> Tensor:
+    """The gradient d of last states, to be written over."""
     acc = accumulation_dtype(state.dtype)
     if d is None:
-        return torch.zeros(state.shape[1:], dtype=acc, device=state.device)
-    return d[k].to(acc, copy=True, memory_format=torch.contiguous_format)
+        return torch.zeros(state.shape, dtype=acc, device=state.device)
+    return d.to(acc, copy=True, memory_format=torch.contiguous_format)
 
 
 def _scan(
