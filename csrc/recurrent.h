@@ -27,11 +27,11 @@ static constexpr int64_t unit_vectors(Mode mode) { return weight_gates(mode) == 
 static constexpr int64_t hidden_column(Mode mode) { return mode == Mode::kGru ? 1 : 0; }
 
 // Numbers of F, or words of 32 bits, that a panel has for K numbers of a column: of bfloat16 as many as fill the tiles
-// of a matrix unit, with zeros, and as long are rows that it reads.
+// of a matrix unit, with zeros. Rows that it reads are as long or a cache line longer: an odd number of lines, so that they spread over the cache.
 static constexpr int64_t panel_depth(Panel panel, int64_t K) {
   return panel == Panel::kInt8 ? (K + 3) / 4 : panel == Panel::kBFloat16 ? (K + 31) / 32 * 16 : K;
 }
-static constexpr int64_t padded_row(int64_t K) { return 2 * panel_depth(Panel::kBFloat16, K); }
+static constexpr int64_t padded_row(int64_t K) { return (2 * panel_depth(Panel::kBFloat16, K) / 32 | 1) * 32; }
 
 // The rows of a group, longest first, so that those still running at a scan step are the first ones.
 // A slot is the place of a (step, row) pair among those inside their row's length, ordered by step.

@@ -5,6 +5,7 @@
 
 #include "barrier.h"
 #include "cells.h"
+#include "overlap.h"
 #include "product_kernel.h"
 
 namespace {
@@ -18,6 +19,7 @@ class Backward {
   static constexpr int V = kWide;
   static constexpr int64_t L = kLanes<F>, kBlock = V * L;
   using Row = typename W::Row;
+  static constexpr bool kTiles = W::kTileRows > 1;  // never with a projection
 
  public:
   Backward(const BackwardScan<F>& scan, const Member<F>& member)
@@ -35,9 +37,12 @@ class Backward {
       if (p.w_hr) {
         projected_gradient(step, later, running);
         for_blocks(m.first, m.last, step, [&](int64_t block, int64_t next) { units_projected(block, next, step, running); });
+      } else if constexpr (kTiles) {
+        for_blocks(m.first, m.last, step, [&](int64_t block, int64_t) { block_of_tiles(block, step, later, running); });
+        overlap.finish();
       } else {
         for_blocks(m.first, m.last, step, [&](int64_t block, int64_t next) {
-          const auto lines = [&](int64_t i, int64_t rows) { return lines_of_cells(block, step, i, rows); };
+          const auto lines = [&](int64_t i, int64_t rows) { return lines_of_cells(block, step, i, rows).fetched(); };
           state_gradients(block, next, step, later, running, lines, [&](int64_t i, int64_t unit, int64_t n, Vec<F> dh) {
             cell(i, step, unit, n, dh + output_gradient(i, step, unit, n));
           });
@@ -47,6 +52,10 @@ class Backward {
     }
     if (!p.w_hh) return;
     point_at_later_step(-1, running);
+    if constexpr (kTiles) {
+      for_blocks(m.first, m.last, 0, [&](int64_t block, int64_t) { block_of_tiles(block, -1, running, running); });
+      return overlap.finish();
+    }
     const bool apart = p.w_hr;  // with a projection h has other columns than the units
     for_blocks(apart ? m.first_projected : m.first, apart ? m.last_projected : m.last, 0, [&](int64_t block, int64_t next) {
       state_gradients(block, next, -1, running, running, NoLines{}, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
@@ -80,7 +89,7 @@ class Backward {
 
   // What the cells of a tile are to read: it was written long ago, and as units of many rows lies too scattered for
   // the hardware to foresee.
-  Lines lines_of_cells(int64_t block, int64_t step, int64_t first, int64_t rows) {
+  const LineList& lines_of_cells(int64_t block, int64_t step, int64_t first, int64_t rows) {
     const int64_t unit = block * V * L, element = p.stored == Stored::kFull ? sizeof(F) : 2;
     lines.clear();
     for (int64_t i = first; i < first + rows; ++i) {
@@ -89,7 +98,7 @@ class Backward {
       if (p.dy) lines.add(p.dy, p.dy_first[t] + p.rows.row[i] * p.dy_row + unit, element, V * L);
       if (p.cells && step) lines.add(p.cells, row_at(p.rows, i, time_of(p.rows, i, step - 1)) * p.H + unit, sizeof(F), V * L);
     }
-    return lines.fetched();
+    return lines;
   }
 
   void point_at_later_step(int64_t step, int64_t later) {
@@ -106,24 +115,75 @@ class Backward {
     return Vec<F>{};
   }
 
-  // body(row, column, lanes, gradient of h after a step) for the columns of a block: rows [0, later) have it from
-  // their later step, rows [later, end) end here and have that of h_n.
-  template <typename Fetch, typename Body>
-  void state_gradients(int64_t block, int64_t next, int64_t step, int64_t later, int64_t end, const Fetch& lines, const Body& body) {
-    const auto given = [&](int64_t i, int64_t column, int64_t n) { return load(p.dh + p.rows.row[i] * p.R + column, n); };
-    const auto panel = [&](int64_t n) { return static_cast<const typename W::Word*>(p.w_hh) + n * words<W>(depth) * kBlock; };
-    for_products<V, F, W>({d_rows, depth, panel(block), panel(next)}, 0, later, lines, [&](int64_t first, int64_t rows, const F* sums) {
-      for_vectors(sums, block, first, rows, p.R, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
-        if constexpr (Cell::kCarry) dh += given(i, column, n);
-        body(i, column, n, is_reset(i, step + 1) ? cut(p.dh_reset, p.rows.row[i] * p.R + column, n, dh) : dh);
-      });
-    });
+  Vec<F> given(int64_t i, int64_t column, int64_t n) const { return load(p.dh + p.rows.row[i] * p.R + column, n); }
+
+  const typename W::Word* panel(int64_t block) const {
+    return static_cast<const typename W::Word*>(p.w_hh) + block * words<W>(depth) * kBlock;
+  }
+
+  // The gradient of h after a step that has a later one, from its product.
+  RNNATTN_INLINE Vec<F> through_later_step(int64_t i, int64_t step, int64_t column, int64_t n, Vec<F> dh) {
+    if constexpr (Cell::kCarry) dh += given(i, column, n);
+    return is_reset(i, step + 1) ? cut(p.dh_reset, p.rows.row[i] * p.R + column, n, dh) : dh;
+  }
+
+  // body(row, column, lanes, gradient of h after a step) for a block's columns of rows that end at the step: it is that of h_n.
+  template <typename Body>
+  void for_ending(int64_t block, int64_t later, int64_t end, const Body& body) {
     for (int64_t i = later; i < end; ++i)
       for (int64_t v = 0; v < V; ++v) {
         const int64_t column = (block * V + v) * L, left = p.R - column, n = left < L ? left : L;
         if (left > 0) body(i, column, n, given(i, column, n));
       }
   }
+
+  // The same for rows [0, later), which have it from their later step, and rows [later, end), which end here.
+  template <typename Fetch, typename Body>
+  void state_gradients(int64_t block, int64_t next, int64_t step, int64_t later, int64_t end, const Fetch& lines, const Body& body) {
+    for_products<V, F, W>({d_rows, depth, panel(block), panel(next)}, 0, later, lines, [&](int64_t first, int64_t rows, const F* sums) {
+      for_vectors(sums, block, first, rows, p.R, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
+        body(i, column, n, through_later_step(i, step, column, n, dh));
+      });
+    });
+    for_ending(block, later, end, body);
+  }
+
+  // The cells of a block by a matrix unit; step -1 is that before the first, which has no cells.
+  void block_of_tiles(int64_t block, int64_t step, int64_t later, int64_t end) {
+    const Product<F, W> product{d_rows, depth, panel(block), nullptr};
+    const auto fetched = [&](int64_t first, int64_t rows) -> const LineList& {
+      if (step >= 0) return lines_of_cells(block, step, first, rows);
+      lines.clear();
+      return lines;
+    };
+    overlap.run(later, [&](int64_t rows) { return W::template steps<V>(rows, depth); }, fetched,
+        [&](int64_t first, int64_t rows, F* sums, const auto& beside) {
+          W::template multiply<V, 0, V>(&product, 1, first, rows, nullptr, 0, sums, beside);
+        },
+        [&](int64_t first, int64_t rows, const F* sums) { return Cells{this, sums, block, step, first, 0, rows * V}; });
+    if (step >= 0)
+      for_ending(block, later, end, [&](int64_t i, int64_t unit, int64_t n, Vec<F> dh) {
+        cell(i, step, unit, n, dh + output_gradient(i, step, unit, n));
+      });
+  }
+
+  // The cells of a tile's rows, for an Overlap.
+  struct Cells {
+    Backward* scan = nullptr;
+    const F* sums = nullptr;
+    int64_t block = 0, step = 0, first = 0, next = 0, end = 0;
+
+    int64_t left() const { return end - next; }
+
+    RNNATTN_INLINE void one() {
+      const int64_t n_th = next++, i = first + n_th / V, unit = (block * V + n_th % V) * L, left = scan->p.R - unit;
+      if (left <= 0) return;
+      const int64_t n = left < L ? left : L;
+      const Vec<F> dh = scan->through_later_step(i, step, unit, n, load(sums + n_th * L));
+      if (step < 0) store<F>(scan->p.dh + scan->p.rows.row[i] * scan->p.R + unit, dh, n);
+      else scan->cell(i, step, unit, n, dh + scan->output_gradient(i, step, unit, n));
+    }
+  };
 
   Vec<F> output_gradient(int64_t i, int64_t step, int64_t column, int64_t n) {
     if (!p.dy) return Vec<F>{};
@@ -151,7 +211,7 @@ class Backward {
                        });
   }
 
-  void cell(int64_t i, int64_t step, int64_t unit, int64_t n, Vec<F> dh) {
+  RNNATTN_INLINE void cell(int64_t i, int64_t step, int64_t unit, int64_t n, Vec<F> dh) {
     const int64_t b = p.rows.row[i], t = time_of(p.rows, i, step), at = row_at(p.rows, i, t);
     const int64_t before = step ? row_at(p.rows, i, time_of(p.rows, i, step - 1)) : 0;
     const bool anew = is_reset(i, step);
@@ -178,6 +238,8 @@ class Backward {
   const int64_t columns, depth;
   static_assert(kRows<V> * V * 6 <= kDepth);
   LineList lines;  // of a tile
+  struct NoOverlap {};
+  std::conditional_t<kTiles, Overlap<V, W, Cells>, NoOverlap> overlap;
 };
 
 template <typename W, typename F>

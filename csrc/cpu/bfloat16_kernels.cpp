@@ -4,6 +4,7 @@
 #include "bfloat16_product.h"
 #include "forward_scan.h"
 #include "isa.h"
+#include "transpose.h"
 
 namespace {
 
@@ -22,6 +23,7 @@ void backward_scan_of_bfloat16(const BackwardScan<float>& scan, const Member<flo
 namespace rnnattn {
 
 extern const BFloat16Scans RNNATTN_CONCAT(bfloat16_scans_, RNNATTN_ISA);
-const BFloat16Scans RNNATTN_CONCAT(bfloat16_scans_, RNNATTN_ISA) = {forward_scan_of_bfloat16, backward_scan_of_bfloat16};
+const BFloat16Scans RNNATTN_CONCAT(bfloat16_scans_, RNNATTN_ISA) = {
+    BFloat16Rows::kTileRows > 1, forward_scan_of_bfloat16, backward_scan_of_bfloat16, transpose_rows};
 
 }  // namespace rnnattn

@@ -43,24 +43,24 @@ RNNATTN_INLINE void for_constants(const Body& body) {
   call(std::make_integer_sequence<int, N>{});
 }
 
-// A tile of rows at once; the few rows that would leave it empty go the way of BFloat16Dots.
+// A tile of rows at once, and be it one: a tile of weights takes a few cycles more than rows has the other.
 struct BFloat16Tiles : BFloat16Dots {
-  static constexpr int64_t kTileRows = ::kTileRows, kMostRows = 4;
+  static constexpr int64_t kTileRows = ::kTileRows;
   static constexpr int64_t kDepth = kTileBytes / sizeof(Row);  // steps of k in a tile
   static constexpr int kA = 4, kB = 6;                         // the tiles before are sums
 
   // Lays the rows of the products to come at one stride, a multiple of kDepth long, and sets the tiles to their number.
+  // In place only where nothing is lost by it: rows that lie a power of two apart would meet in the first cache, and what
+  // other threads wrote is fetched sooner by one copy than by the tiles that ask for it.
   static void arrange(const Row** rows, int64_t n, int64_t K, Row* memory) {
-    if (n <= kMostRows) return;
+    if (!n) return;
     TileShapes shapes;
     for (int t = 0; t < kTiles; ++t) {
       shapes.rows[t] = t < kB && n < kTileRows ? n : kTileRows;
       shapes.row_bytes[t] = t < kA || t >= kB ? kLanes<float> * sizeof(float) : kTileBytes;
     }
     tile_configure(shapes);
-    bool in_place = K % kDepth == 0;
-    for (int64_t i = 2; in_place && i < n; ++i) in_place = rows[i] - rows[i - 1] == rows[1] - rows[0];
-    if (in_place) return;
+    if (n == 1 && K % kDepth == 0) return;
     const int64_t width = rnnattn::padded_row(K);
     for (int64_t i = 0; i < n; ++i, memory += width) {
       std::memcpy(memory, rows[i], K * sizeof(Row));
@@ -69,48 +69,72 @@ struct BFloat16Tiles : BFloat16Dots {
     }
   }
 
-  // As ::multiply, for n rows that were arranged. The last tile goes over rows of the one before it again.
-  template <int V>
-  static void multiply(const Product<float, BFloat16Tiles>& p, int64_t begin, int64_t n, const float* init, float* out) {
+  // Times that multiply() calls beside() for n rows and a depth of K.
+  template <int C>
+  static int64_t steps(int64_t n, int64_t K) {
+    const int64_t tiles = (n + kTileRows - 1) / kTileRows;
+    return (tiles / 2 * ((C + 1) / 2) + tiles % 2) * ((K + kDepth - 1) / kDepth);
+  }
+
+  struct Sums {
+    int64_t n, first, second;  // rows, of which those of a tile, and of another
+    const float* init;
+    int64_t init_row;
+    float* out;
+  };
+
+  // out[i] = init[i] + the sum of the products' a[begin + i] w, for n rows that were arranged and C vectors of a panel's V
+  // from kColumn on, out [n][V][lanes]. init [n or 1][V][lanes] has rows init_row apart, or is null for zero. beside() is
+  // called at each step of k. The last tile goes over rows of the one before it again.
+  template <int V, int kColumn, int C, typename Beside>
+  static void multiply(const Product<float, BFloat16Tiles>* products, int count, int64_t begin, int64_t n, const float* init,
+                       int64_t init_row, float* out, const Beside& beside) {
     for (int64_t i = 0; i < n; i += 2 * kTileRows) {
       const int64_t last = n < kTileRows ? 0 : n - kTileRows, first = i < last ? i : last;
       const int64_t second = i + kTileRows < last ? i + kTileRows : last;
+      const Sums sums{n, first, second, init, init_row, out};
       if (first == second) {
-        columns<1, V, V>(p, begin, first, second, 0, init, out);
+        columns<1, kColumn, C, V>(products, count, begin, sums, beside);
       } else {
-        columns<2, 2, V>(p, begin, first, second, 0, init, out);
-        columns<2, V - 2, V>(p, begin, first, second, 2, init, out);
+        columns<2, kColumn, C < 2 ? C : 2, V>(products, count, begin, sums, beside);
+        if constexpr (C > 2) columns<2, kColumn + 2, C - 2, V>(products, count, begin, sums, beside);
       }
     }
   }
 
-  // R tiles of rows, from first and from second on, with C vectors of the panel's columns, from column on.
-  template <int R, int C, int V>
-  [[gnu::noinline]] static void columns(const Product<float, BFloat16Tiles>& p, int64_t begin, int64_t first, int64_t second,
-                                        int64_t column, const float* init, float* out) {
+ private:
+  // R tiles of rows with C vectors of the panel's columns.
+  template <int R, int kColumn, int C, int V, typename Beside>
+  [[gnu::noinline]] static void columns(const Product<float, BFloat16Tiles>* products, int count, int64_t begin, const Sums sums,
+                                        const Beside& beside) {
     static_assert(R * C <= kA && R <= kB - kA);
-    constexpr int64_t L = kLanes<float>;
-    const Row* const* rows = p.rows + begin;
-    const int64_t stride = (rows[1] - rows[0]) * sizeof(Row), panel_stride = V * L * sizeof(Word);
-    const Row* a[2] = {rows[first], rows[second]};
-    const Word* w = p.w + column * L;
+    constexpr int64_t L = kLanes<float>, kStride = V * L * sizeof(Word);
+    const int64_t tile_rows[2] = {sums.first, sums.second};
     for_constants<R * C>([&](auto t) RNNATTN_INLINE_LAMBDA {
-      if (init) tile_load<t>(init + (column + t % C) * L, 0);
+      if (sums.init) tile_load<t>(sums.init + tile_rows[t / C] * sums.init_row + (kColumn + t % C) * L, sums.init_row * sizeof(float));
       else tile_zero<t>();
     });
-    for (int64_t k = 0; k < p.K; k += kDepth, w += kDepth / kGroup * V * L) {
-      for_constants<R>([&](auto r) RNNATTN_INLINE_LAMBDA { tile_load<kA + r>(a[r] + k, stride); });
-      for_constants<C>([&](auto c) RNNATTN_INLINE_LAMBDA {
-        constexpr int kTile = kB + c % 2;
-        tile_load<kTile>(w + c * L, panel_stride);
-        for_constants<R>([&](auto r) RNNATTN_INLINE_LAMBDA { tile_multiply_add<r * C + c, kA + r, kTile>(); });
-      });
+    for (const auto* p = products; p < products + count; ++p) {
+      const Row* const* rows = p->rows + begin;
+      const int64_t stride = sums.n > 1 ? (rows[1] - rows[0]) * sizeof(Row) : 0;
+      const Row* a[2] = {rows[sums.first], rows[sums.second]};
+      const Word* w = p->w + kColumn * L;
+      for (int64_t k = 0; k < p->K; k += kDepth, w += kDepth / kGroup * V * L) {
+        for_constants<R>([&](auto r) RNNATTN_INLINE_LAMBDA { tile_load<kA + r>(a[r] + k, stride); });
+        for_constants<C>([&](auto c) RNNATTN_INLINE_LAMBDA {
+          constexpr int kTile = kB + c % 2;
+          tile_load<kTile>(w + c * L, kStride);
+          for_constants<R>([&](auto r) RNNATTN_INLINE_LAMBDA { tile_multiply_add<r * C + c, kA + r, kTile>(); });
+        });
+        beside();
+      }
     }
     for_constants<R * C>([&](auto t) RNNATTN_INLINE_LAMBDA {
-      tile_store<t>(out + ((t / C ? second : first) * V + column + t % C) * L, panel_stride);
+      tile_store<t>(sums.out + (tile_rows[t / C] * V + kColumn + t % C) * L, kStride);
     });
   }
 
+ public:
   static void finish() { tile_release(); }
 };
 

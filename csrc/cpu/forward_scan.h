@@ -5,6 +5,7 @@
 
 #include "barrier.h"
 #include "cells.h"
+#include "overlap.h"
 #include "panels.h"
 #include "product_kernel.h"
 
@@ -30,35 +31,25 @@ class Forward {
         copies(static_cast<Row*>(m.copies)), lines(p.w_hh) {}
 
   void run() {
-    const int64_t steps = scan_steps(p.rows);
+    const int64_t steps = scan_steps(p.rows), blocks = m.last - m.first;
+    const bool ahead = p.chunk > 1;
     int64_t running = p.rows.n;
-    for (int64_t step = 0; step < steps;) {
+    for (int64_t step = 0, chunk = p.calls; step < steps; ++chunk) {
       const int64_t end = step + p.chunk < steps ? step + p.chunk : steps, chunk_rows = gather(step, end);
-      const bool ahead = p.chunk > 1;
-      if (ahead)
-        for (int64_t block = m.first; block < m.last; ++block)
-          input_product(block, chunk_rows, w_ih(block + 1), m.gates_x + (block - m.first) * chunk_rows * kBlock);
+      for (int64_t n = 0; ahead && n < blocks; ++n) {
+        const Turn turn = there_and_back(n, chunk);
+        input_product(turn.block, chunk_rows, w_ih(turn.next), m.gates_x + (turn.block - m.first) * chunk_rows * kBlock);
+      }
       for (int64_t first_row = 0; step < end; ++step, first_row += running) {
         while (p.rows.length[running - 1] <= step) --running;
         for (int64_t i = 0; i < running; ++i)
           h_rows[i] = is_reset(i, step) ? static_cast<const Row*>(p.resets.h) + p.rows.row[i] * p.R : state(i, step - 1);
         if constexpr (kTiles) W::arrange(h_rows, running, p.R, copies + p.chunk * p.rows.n * rnnattn::padded_row(p.I));
-        for (int64_t n = 0; n < m.last - m.first; ++n) {
-          // There and back again: the panels read last are still in cache.
-          const int64_t back = (step + p.calls) % 2, at = back ? m.last - m.first - 1 - n : n, block = m.first + at;
-          const int64_t next = back ? block - 1 : block + 1;
-          F* gates_x = m.gates_x + (ahead ? at * chunk_rows + first_row : 0) * kBlock;
-          if (!ahead) input_product(block, running, w_hh(block), gates_x);
-          const auto put = [&](int64_t first, int64_t rows, const F* sums) {
-            units(block, step, first, rows, gates_x + first * kBlock, sums);
-          };
-          const Word* panel = panel_of(w_hh(block), p.unpacked_hh, block, running);
-          const Word* after = !p.w_hh ? panel : ahead ? w_hh(next) : w_ih(next);
-          const Product<F, W> product{h_rows, p.R, panel, after, scale(p.scale_hh, block)};
-          if (!panel) for_unpacked(block, running, put);
-          else if (!p.gates) for_products<V, F, W>(product, 0, running, put);
-          else for_products<V, F, W>(product, 0, running, [&](int64_t i, int64_t rows) { return lines_of_cells(block, step, i, rows); }, put);
+        for (int64_t n = 0; n < blocks; ++n) {
+          const Turn turn = there_and_back(n, step + p.calls);
+          block_of_units(turn, step, running, m.gates_x + (kTiles || ahead ? (turn.block - m.first) * chunk_rows + first_row : 0) * kBlock);
         }
+        if constexpr (kTiles) overlap.finish();
         if (p.w_hr) project(step, running);
         wait();
       }
@@ -68,6 +59,15 @@ class Forward {
  private:
   void wait() {
     if (p.barrier) meet(p.barrier, m.index);
+  }
+
+  // The n-th block of a turn and the one after it: each turn goes back where the last one came from, as the panels read
+  // last are still in cache.
+  struct Turn {
+    int64_t block, next;
+  };
+  Turn there_and_back(int64_t n, int64_t turn) const {
+    return turn % 2 ? Turn{m.last - 1 - n, m.last - 2 - n} : Turn{m.first + n, m.first + n + 1};
   }
 
   // Points x_rows at the rows of x that the steps [step, end) take, in the scan's order.
@@ -105,14 +105,66 @@ class Forward {
   }
 
   void input_product(int64_t block, int64_t n, const Word* ahead, F* out) {
-    const F* bias = p.bias ? p.bias + block * kBlock : nullptr;
     const Word* panel = panel_of(w_ih(block), p.unpacked_ih, block, n);
-    if (panel) multiply<V, F, W>({x_rows, p.I, panel, p.w_ih ? ahead : panel, scale(p.scale_ih, block)}, 0, n, bias, out);
-    else multiply_unpacked(p.unpacked_ih, block, x_rows, n, bias, out);
+    const Product<F, W> product{x_rows, p.I, panel, p.w_ih ? ahead : panel, scale(p.scale_ih, block)};
+    if (!panel) multiply_unpacked(p.unpacked_ih, block, x_rows, n, bias(block), out);
+    else if constexpr (kTiles) W::template multiply<V, 0, V>(&product, 1, 0, n, bias(block), 0, out, [] {});
+    else multiply<V, F, W>(product, 0, n, bias(block), out);
+  }
+
+  const F* bias(int64_t block) const { return p.bias ? p.bias + block * kBlock : nullptr; }
+
+  // The hidden products and the cells of a block; gates_x [running][vectors][lanes] has the input products if they were
+  // computed ahead, or memory for them.
+  void block_of_units(const Turn& turn, int64_t step, int64_t running, F* gates_x) {
+    const int64_t block = turn.block;
+    const bool ahead = p.chunk > 1;
+    const Word* packed = w_hh(block);
+    if constexpr (kTiles)
+      if (packed || running > kMostUnpacked) return block_of_tiles(block, step, running, gates_x);
+    if (!ahead) input_product(block, running, packed, gates_x);
+    const auto put = [&](int64_t first, int64_t rows, const F* sums) {
+      units(block, step, first, rows, gates_x + first * kBlock, sums);
+    };
+    const Word* panel = panel_of(packed, p.unpacked_hh, block, running);
+    const Word* after = !p.w_hh ? panel : ahead ? w_hh(turn.next) : w_ih(turn.next);
+    const Product<F, W> product{h_rows, p.R, panel, after, scale(p.scale_hh, block)};
+    if (!panel) for_unpacked(block, running, put);
+    else if (!p.gates) for_products<V, F, W>(product, 0, running, put);
+    else for_products<V, F, W>(product, 0, running, [&](int64_t i, int64_t rows) { return lines_of_cells(block, step, i, rows).fetched(); }, put);
+  }
+
+  // The same by a matrix unit. Input products that were not computed ahead are summed with the hidden ones in its registers.
+  void block_of_tiles(int64_t block, int64_t step, int64_t running, F* gates_x) {
+    constexpr int kSummed = Cell::kSummed * Cell::kUnits, kApart = V - kSummed;
+    const bool ahead = p.chunk > 1 || !p.w_ih;
+    if (ahead && p.chunk == 1) input_product(block, running, nullptr, gates_x);
+    const Product<F, W> products[] = {{x_rows, p.I, w_ih(block), nullptr}, {h_rows, p.R, panel_of(w_hh(block), p.unpacked_hh, block, running), nullptr}};
+    const auto *first_product = products + ahead, *hidden = products + 1;
+    const auto steps = [&](int64_t rows) {
+      const auto of = [&](int64_t K) { return W::template steps<kSummed>(rows, K) + (kApart ? W::template steps<kApart>(rows, K) : 0); };
+      return of(p.R) + (ahead ? 0 : of(p.I));
+    };
+    const auto multiply = [&](int64_t first, int64_t rows, F* sums, const auto& beside) {
+      F* inputs = gates_x + first * kBlock;
+      W::template multiply<V, 0, kSummed>(first_product, 2 - ahead, first, rows, ahead ? inputs : bias(block), ahead ? kBlock : 0, sums, beside);
+      if constexpr (kApart > 0) {
+        W::template multiply<V, kSummed, kApart>(hidden, 1, first, rows, nullptr, 0, sums, beside);
+        if (!ahead) W::template multiply<V, kSummed, kApart>(products, 1, first, rows, bias(block), 0, inputs, beside);
+      }
+    };
+    const auto fetched = [&](int64_t first, int64_t rows) -> const LineList& {
+      if (p.gates) return lines_of_cells(block, step, first, rows);
+      lines.clear();
+      return lines;
+    };
+    overlap.run(running, steps, fetched, multiply, [&](int64_t first, int64_t rows, const F* sums) {
+      return Cells{this, gates_x + first * kBlock, sums, block, step, first, 0, rows * Cell::kUnits};
+    });
   }
 
   // What the cells of a tile are to write besides y, which the next step reads: memory that nobody has touched for long.
-  Lines lines_of_cells(int64_t block, int64_t step, int64_t first, int64_t rows) {
+  const LineList& lines_of_cells(int64_t block, int64_t step, int64_t first, int64_t rows) {
     const int64_t unit = block * Cell::kUnits * L, element = p.stored == Stored::kFull ? sizeof(F) : 2;
     lines.clear();
     for (int64_t i = first; i < first + rows; ++i) {
@@ -122,7 +174,7 @@ class Forward {
       if (p.cells) lines.add(p.cells, at * p.H + unit, sizeof(F), Cell::kUnits * L);
       lines.add(p.y, at * p.y_row + unit, element, Cell::kUnits * L);
     }
-    return lines.fetched();
+    return lines;
   }
 
   template <typename Body>
@@ -149,28 +201,39 @@ class Forward {
   F* kept(int64_t b, int64_t step) const { return p.h + (step % 2 * p.B + b) * p.R; }
 
   // h leaves the step: into y, and into the states to be read as F where y is rounded and products are not.
-  void put(int64_t i, int64_t step, int64_t unit, int64_t n, Vec<F> h) {
+  RNNATTN_INLINE void put(int64_t i, int64_t step, int64_t unit, int64_t n, Vec<F> h) {
     const int64_t at = row_at(p.rows, i, time_of(p.rows, i, step)) * p.y_row;
     const Vec<F> rounded = store_as(p.stored, p.y, at + unit, h, n);
     if (p.h) store<F>(kept(p.rows.row[i], step) + unit, rounded, n);
   }
 
   void units(int64_t block, int64_t step, int64_t first, int64_t rows, const F* gates_x, const F* sums) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t i = first + r, b = p.rows.row[i], at = row_at(p.rows, i, time_of(p.rows, i, step));
-      const F* c_prev = (is_reset(i, step) ? p.resets.c : p.c) + b * p.H;
-      for (int64_t u = 0; u < Cell::kUnits; ++u) {
-        const int64_t unit = (block * Cell::kUnits + u) * L, left = p.H - unit, n = left < L ? left : L;
-        if (n <= 0) break;
-        const int64_t vectors = r * kBlock + u * Cell::kGates * L;
-        const Vec<F> h = Cell::template forward<F, Row>(
-            {unit, n, p.H, p.stored, h_rows[i], c_prev, p.c + b * p.H, p.cells ? p.cells + at * p.H : nullptr, p.gates,
-             at * gate_columns(p.mode) * p.H, gates_x + vectors, sums + vectors, p.bias_q});
-        if (p.h_raw) store_rounded(p.h_raw + b * p.H + unit, h, n);
-        else put(i, step, unit, n, h);
-      }
-    }
+    for (int64_t n = 0; n < rows * Cell::kUnits; ++n) cell(block, step, first, n, gates_x, sums, false);
   }
+
+  // The n-th vector of units of a tile's rows.
+  RNNATTN_INLINE void cell(int64_t block, int64_t step, int64_t first, int64_t n_th, const F* gates_x, const F* sums, bool summed) {
+    const int64_t u = n_th % Cell::kUnits, i = first + n_th / Cell::kUnits;
+    const int64_t unit = (block * Cell::kUnits + u) * L, left = p.H - unit, n = left < L ? left : L;
+    if (n <= 0) return;
+    const int64_t b = p.rows.row[i], at = row_at(p.rows, i, time_of(p.rows, i, step)), vectors = n_th * Cell::kGates * L;
+    const F* c_prev = (is_reset(i, step) ? p.resets.c : p.c) + b * p.H;
+    const Vec<F> h = Cell::template forward<F, Row>(
+        {unit, n, p.H, p.stored, h_rows[i], c_prev, p.c + b * p.H, p.cells ? p.cells + at * p.H : nullptr, p.gates,
+         at * gate_columns(p.mode) * p.H, gates_x + vectors, sums + vectors, p.bias_q, summed});
+    if (p.h_raw) store_rounded(p.h_raw + b * p.H + unit, h, n);
+    else put(i, step, unit, n, h);
+  }
+
+  // The cells of a tile's rows, for an Overlap.
+  struct Cells {
+    Forward* scan = nullptr;
+    const F *gates_x = nullptr, *sums = nullptr;
+    int64_t block = 0, step = 0, first = 0, next = 0, end = 0;
+
+    int64_t left() const { return end - next; }
+    RNNATTN_INLINE void one() { scan->cell(block, step, first, next++, gates_x, sums, true); }
+  };
 
   void store_rounded(F* out, Vec<F> h, int64_t n) {
     F rounded[L];
@@ -201,6 +264,8 @@ class Forward {
   const Row** x_rows;
   Row* copies;
   LineList lines;  // of a tile
+  struct NoOverlap {};
+  std::conditional_t<kTiles, Overlap<V, W, Cells>, NoOverlap> overlap;
 };
 
 template <typename W, typename F>

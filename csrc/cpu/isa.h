@@ -35,8 +35,10 @@ struct Kernels {
 // Scans whose products take bfloat16 as it is stored: x, h0 and y, and the gates' gradients; the panels hold bfloat16.
 // For packed weights without a projection.
 struct BFloat16Scans {
+  bool tiles;  // a matrix unit's
   void (*forward_scan)(const ForwardScan<float>&, const Member<float>&);
   void (*backward_scan)(const BackwardScan<float>&, const Member<float>&);
+  void (*transpose_rows)(const uint16_t* rows, int64_t row, int64_t n, int64_t width, uint16_t* out, int64_t out_row);
 };
 
 struct KernelTable {

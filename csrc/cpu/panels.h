@@ -83,6 +83,31 @@ void pack_panel_as(const Packing<F>& p, int64_t block, typename W::Word* panel) 
   std::memset(panel + filled * V * L, 0, (words<W>(p.K) - filled) * V * L * sizeof *panel);
 }
 
+// The same for weights that are bfloat16 already, of which no float need be made: a word is a pair as it lies in a column,
+// or of two rows that lie side by side.
+inline void pack_pairs(const Packing<float>& p, int64_t block, int32_t* panel) {
+  constexpr int64_t L = kLanes<float>;
+  const int64_t V = p.gates * p.units;
+  const auto* w = static_cast<const uint16_t*>(p.w);
+  for (int64_t v = 0; v < V; ++v) {
+    const int64_t unit = (block * p.units + v / p.gates) * L, n = lanes_left<float>(p.width, unit);
+    const int64_t first = (v % p.gates * p.width + unit) * p.column_stride;
+    for (int64_t k = 0; k < p.K; k += 2 * L) {
+      const int64_t depth = p.K - k < 2 * L ? p.K - k : 2 * L;
+      FloatVec pairs[L] = {};
+      if (p.column_stride == 1) {
+        for (int64_t j = 0; n && j < depth; ++j) pairs[j / 2] = from_bits(bits(pairs[j / 2]) | load_narrow(w + first + (k + j) * p.k_stride, n) << (16 * (j % 2)));
+      } else {
+        for (int64_t l = 0; l < n; ++l) std::memcpy(&pairs[l], w + first + l * p.column_stride + k, depth * sizeof *w);
+        transpose<float>(pairs);
+      }
+      for (int64_t j = 0; 2 * j < depth; ++j) std::memcpy(panel + ((k / 2 + j) * V + v) * L, &pairs[j], sizeof *pairs);
+    }
+  }
+  const int64_t filled = (p.K + 1) / 2;
+  std::memset(panel + filled * V * L, 0, (words<PairsOfBFloat16>(p.K) - filled) * V * L * sizeof *panel);
+}
+
 // One panel of a matrix.
 template <typename F>
 void pack_panel(const Packing<F>& p, int64_t block, void* panels) {
@@ -92,6 +117,8 @@ void pack_panel(const Packing<F>& p, int64_t block, void* panels) {
     pack_panel_as<W, F>(p, block, static_cast<typename W::Word*>(panels) + block * words<W>(p.K) * columns);
   };
   if constexpr (sizeof(F) == sizeof(float)) {
+    if (p.panel == Panel::kBFloat16 && p.stored == Stored::kBFloat16)
+      return pack_pairs(p, block, static_cast<int32_t*>(panels) + block * words<PairsOfBFloat16>(p.K) * columns);
     if (p.panel == Panel::kBFloat16) return pack_as(PairsOfBFloat16{});
     if (p.panel == Panel::kInt8) return pack_as(FoursOfInt8{});
   }

@@ -16,6 +16,7 @@ struct LayerShape {
   int64_t element;       // bytes of a weight
   int64_t lanes;
   bool backward;
+  bool tiles;            // products by a matrix unit
 };
 
 struct Plan {
@@ -23,6 +24,10 @@ struct Plan {
   int members = 1;  // threads of a group
   int teams = 1;    // groups that run at the same time, of all directions
 };
+
+// Whether a matrix unit sums the input product of a step and the hidden one in its registers, not some steps' input products
+// ahead: where rows fill its tiles and a member's weights are not much larger than its cache.
+bool sums_both_products(double rows, double weight_bytes);
 
 Plan plan_layer(const LayerShape& shape, int threads);
 

@@ -7,6 +7,7 @@
 
 #include "layer.h"
 #include "row_order.h"
+#include "transposed.h"
 
 namespace rnnattn {
 
@@ -68,6 +69,19 @@ struct PreviousStates {
     out.index_fill_(0, slots.zero, 0);
     out.index_copy_(0, slots.first, h0.index_select(0, slots.rows).to(out.scalar_type()));
     out.index_copy_(0, slots.others, y.reshape({-1, R}).index_select(0, slots.before).to(out.scalar_type()));
+  }
+
+  // out [R, slots], of bfloat16.
+  void transpose_to(const Tensor& out) const {
+    const int64_t T = y.size(0), B = h0.size(0), R = h0.size(1);
+    if (in_order()) {
+      transpose_into(out.narrow(1, reverse ? (T - 1) * B : 0, B), h0.to(out.scalar_type()).contiguous());
+      transpose_into(out.narrow(1, reverse ? 0 : B, (T - 1) * B), y.narrow(0, reverse, T - 1).reshape({(T - 1) * B, R}));
+      return;
+    }
+    const Tensor h = workspace({order.slots, R}, out.options());
+    copy_to(h);
+    transpose_into(out, h);
   }
 
   // The sum over all steps of d_t (x) h_{t-1}, [columns of d, R].

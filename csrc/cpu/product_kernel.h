@@ -26,8 +26,7 @@ template <typename F>
 struct RowsOf {
   using Row = F;
   static constexpr int kTaken = 1;
-  static constexpr int64_t kTileRows = 1;        // of a matrix unit's tiles, where there is one
-  static constexpr int64_t kMostRows = INT64_MAX;  // that are not for the matrix unit
+  static constexpr int64_t kTileRows = 1;  // of a matrix unit's tiles, where there is one
   RNNATTN_INLINE static Vec<F> element(const F* a, int64_t) { return splat(*a); }
   RNNATTN_INLINE static Vec<F> multiply_add(Vec<F> sum, Vec<F> a, Vec<F> column) { return sum + a * column; }
 };
@@ -91,9 +90,11 @@ struct Lines {
   void fetch() { __builtin_prefetch(*next++, 0, 2); }
 };
 
-// Collects them, of up to kDepth.
+// Collects them; whoever takes one at each of kDepth steps gets some line where there are fewer.
 class LineList {
  public:
+  static constexpr int64_t kMost = 768;
+
   explicit LineList(const void* any) {
     for (auto& line : lines_) line = any;
   }
@@ -106,10 +107,12 @@ class LineList {
     for (int64_t at = 0; at < n * bytes; at += 64) lines_[n_++] = from + at;
   }
 
+  int64_t size() const { return n_; }
   Lines fetched() const { return {lines_}; }
 
  private:
-  const void* lines_[kDepth];
+  static_assert(kMost >= kDepth);
+  const void* lines_[kMost];
   int64_t n_ = 0;
 };
 
@@ -161,9 +164,7 @@ template <int R, int V, typename F, typename W, typename Beside>
       store<F>(out + (r * V + v) * L, kSets == 2 ? sums[0][r][v] + sums[kSets - 1][r][v] : sums[0][r][v]);
 }
 
-template <int V, typename W> constexpr int kTileOf = kRows<V> < W::kMostRows ? kRows<V> : W::kMostRows;
-
-template <int V, typename F, typename W, typename Beside, int R = kTileOf<V, W>, typename... Arguments>
+template <int V, typename F, typename W, typename Beside, int R = kRows<V>, typename... Arguments>
 inline void product_of(int64_t rows, Arguments... arguments) {
   if constexpr (R > 1)
     if (rows < R) return product_of<V, F, W, Beside, R - 1>(rows, arguments...);
@@ -176,8 +177,6 @@ template <int V, typename F, typename W, typename Fetch>
 inline void multiply(const Product<F, W>& p, int64_t begin, int64_t end, const F* init, F* out, const Fetch& lines) {
   constexpr int64_t kBlock = V * kLanes<F>;
   const int64_t n = end - begin, tiles = (n + kRows<V> - 1) / kRows<V>;
-  if constexpr (W::kTileRows > 1)
-    if (n > W::kMostRows) return W::template multiply<V>(p, begin, n, init, out);
   const F* given = p.scale ? nullptr : init;
   int64_t k = 0;
   do {
@@ -213,11 +212,10 @@ inline void multiply(const Product<F, W>& p, int64_t begin, int64_t end, const F
 // The sums of the rows [begin, end), some rows at a time: body(first row, rows, sums [rows][V][lanes]).
 template <int V, typename F, typename W, typename Fetch, typename Body>
 inline void for_products(const Product<F, W>& p, int64_t begin, int64_t end, const Fetch& lines, const Body& body) {
-  constexpr int64_t kTogether = W::kTileRows > 1 ? 2 * W::kTileRows : 8 * kRows<V>;
-  constexpr int64_t kMost = kTogether + W::kTileRows - 1;  // what would not fill a matrix unit's tile joins the last
+  constexpr int64_t kTogether = 8 * kRows<V>;
   for (int64_t first = begin, last; first < end; first = last) {
-    alignas(64) F sums[kMost * V * kLanes<F>];
-    last = end - first > kMost ? first + kTogether : end;
+    alignas(64) F sums[kTogether * V * kLanes<F>];
+    last = end - first > kTogether ? first + kTogether : end;
     multiply<V, F, W>(p, first, last, nullptr, sums, lines);
     body(first, last - first, sums);
   }

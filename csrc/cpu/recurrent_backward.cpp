@@ -16,6 +16,7 @@ namespace rnnattn {
 namespace {
 
 constexpr int64_t kColumnsOfOneGemm = 512;  // up to which one GEMM and some copies are faster than two
+constexpr int64_t kTransposedSteps = 128;   // from which bfloat16 inputs are transposed for the GEMMs of their weights
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
@@ -70,7 +71,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
 
   const int64_t element = narrow ? 2 : sizeof(F);
   const Plan plan =
-      plan_layer({mode, T, B, I, H, R, static_cast<int>(K), mean_rows(lengths, shape), element, lanes, true}, team_size());
+      plan_layer({mode, T, B, I, H, R, static_cast<int>(K), mean_rows(lengths, shape), element, lanes, true, narrow && kernel_table().bfloat16->tiles}, team_size());
   const RowOrder order(lengths, shape, plan.groups);
   const std::vector<int64_t> dy_first = dy ? order.first_elements(dy->stride(0), dy->stride(-2)) : std::vector<int64_t>();
   // The scan reads a unit's gates just before it writes their gradients: into the same memory, where nobody else
@@ -139,7 +140,21 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
       }
     if (!wanted.dweights) continue;
     const PreviousStates h_prev{y.narrow(-1, k * R, R), h0[k], order, reverses[k], resets, reset_to_initial};
-    if (parts_x.size() == 1 && order.slots >= used * H && I + R <= kColumnsOfOneGemm) {
+    if (narrow && order.slots >= kTransposedSteps) {
+      const Tensor inputs = rows_apart(I + R, order.slots, d.options());
+      transpose_into(inputs.narrow(0, 0, I), x_packed);
+      h_prev.transpose_to(inputs.narrow(0, I, R));
+      const auto product = [&](int64_t row, int64_t n, int64_t column) {
+        const Tensor sum = workspace({n, used * H}, d.options());
+        return at::mm_out(const_cast<Tensor&>(sum), inputs.narrow(0, row, n), d.narrow(1, column, used * H));
+      };
+      const Tensor both = gru ? Tensor() : product(0, I + R, 0);
+      const Tensor of_x = gru ? product(0, I, 0) : both.narrow(0, 0, I), of_h = gru ? product(I, R, H) : both.narrow(0, I, R);
+      const Tensor dw_ih = at::empty({used * H, I}, d.options());
+      for (const Part& part : parts_x) transpose_into(dw_ih.narrow(0, part.row, part.n), of_x.narrow(1, part.column, part.n));
+      dweights.push_back(dw_ih);
+      dweights.push_back(transposed(of_h));
+    } else if (parts_x.size() == 1 && order.slots >= used * H && I + R <= kColumnsOfOneGemm) {
       const Tensor inputs = workspace({order.slots, I + R}, d.options());
       inputs.narrow(1, 0, I).copy_(x_packed);
       h_prev.copy_to(inputs.narrow(1, I, R));

@@ -23,9 +23,11 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // Whether steps are so few that they do not pay for packing the weights before the scan.
 bool are_few(int64_t T, int64_t B) { return T == 1 ? B <= 64 : T <= 8 && T * B <= 32; }
 
-// Scan steps whose input product a member computes at once: as many as leave its cache to the weights.
-int64_t chunk_steps(double rows, int64_t columns, int64_t element, int64_t T) {
-  const double rows_at_once = static_cast<double>(private_cache()) / 8 / static_cast<double>(columns * element);
+// Scan steps whose input product a member computes at once: as many as leave its cache to the weights. A matrix unit takes
+// either one, with its hidden product, or many, as few rows waste most of it, and weights that are read once in a while.
+int64_t chunk_steps(double rows, int64_t columns, int64_t element, int64_t T, bool tiles, int64_t weight_bytes) {
+  if (tiles && sums_both_products(rows, static_cast<double>(weight_bytes))) return 1;
+  const double rows_at_once = static_cast<double>(private_cache()) / (tiles ? 2 : 8) / static_cast<double>(columns * element);
   return std::clamp<int64_t>(static_cast<int64_t>(rows_at_once / std::max(1.0, rows)), 1, T);
 }
 
@@ -103,17 +105,19 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
   const double rows = mean_rows(lengths, shape);
   const int directions = static_cast<int>(K);
   const int64_t element = narrow ? 2 : sizeof(F);
+  const bool tiles = narrow && kernel_table().bfloat16->tiles;
   const int64_t shared_rows = unpacked ? 1 : B;  // threads that share the rows would each pack all weights
-  const Plan plan = plan_layer({mode, T, shared_rows, I, H, R, directions, rows, element, lanes, false}, team_size());
+  const Plan plan = plan_layer({mode, T, shared_rows, I, H, R, directions, rows, element, lanes, false, tiles}, team_size());
   const RowOrder order(lengths, shape, plan.groups);
   const std::vector<int64_t> x_first = order.first_elements(x.stride(0), x.stride(-2));
   const int64_t group_rows = (B + plan.groups - 1) / plan.groups;
 
   const auto chunk_of = [&](int members) {
-    return chunk_steps(rows / plan.groups, (blocks + members - 1) / members * block, sizeof(F), T);
+    const int64_t width = (blocks + members - 1) / members * block;
+    return chunk_steps(rows / plan.groups, width, sizeof(F), T, tiles, width * (I + R) * element);
   };
   const auto gates_x = [&](int members) {  // numbers of the input products computed ahead
-    return (chunk_of(members) > 1 ? (blocks + members - 1) / members : 1) * chunk_of(members) * group_rows * block;
+    return (tiles || chunk_of(members) > 1 ? (blocks + members - 1) / members : 1) * chunk_of(members) * group_rows * block;
   };
   const auto copies = [&](int members) {
     const int64_t chunk_rows = chunk_of(members) * group_rows;

@@ -36,14 +36,39 @@ RNNATTN_INLINE IntVec to_half(FloatVec v) {
   return (magnitude >= (143 << 23) ? special : finite) | sign;
 }
 
+// 16-bit numbers, one to a lane; the first n lanes, the others as in load() and store().
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+// The compiler's own conversions take two halves through memory.
+RNNATTN_INLINE IntVec load_narrow(const uint16_t* p, int64_t n) {
+  const __m256i narrow = n == kLanes<float> ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(first_lanes(n), p);
+  return (IntVec)_mm512_cvtepu16_epi32(narrow);
+}
+
+RNNATTN_INLINE void store_narrow(uint16_t* p, __m256i narrow, int64_t n) {
+  if (n == kLanes<float>) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+  else _mm256_mask_storeu_epi16(p, first_lanes(n), narrow);
+}
+
+RNNATTN_INLINE void store_narrow(uint16_t* p, IntVec v, int64_t n) { store_narrow(p, _mm512_cvtepi32_epi16((__m512i)v), n); }
+#else
+RNNATTN_INLINE IntVec load_narrow(const uint16_t* p, int64_t n) {
+  HalfBits narrow{};
+  if (n == kLanes<float>) std::memcpy(&narrow, p, sizeof narrow);
+  else std::memcpy(&narrow, p, n * sizeof *p);
+  return __builtin_convertvector(narrow, IntVec);
+}
+
+RNNATTN_INLINE void store_narrow(uint16_t* p, IntVec v, int64_t n) {
+  const HalfBits narrow = __builtin_convertvector(v, HalfBits);
+  if (n == kLanes<float>) std::memcpy(p, &narrow, sizeof narrow);
+  else std::memcpy(p, &narrow, n * sizeof *p);
+}
+#endif
+
 // Lanes [0, n) of the elements from index on.
 RNNATTN_INLINE FloatVec load_stored(Stored stored, const void* base, int64_t index, int64_t n, float) {
   if (stored == Stored::kFull) return load(static_cast<const float*>(base) + index, n);
-  HalfBits narrow{};
-  const uint16_t* p = static_cast<const uint16_t*>(base) + index;
-  if (n == kLanes<float>) std::memcpy(&narrow, p, sizeof narrow);
-  else std::memcpy(&narrow, p, n * sizeof *p);
-  const IntVec wide = __builtin_convertvector(narrow, IntVec);
+  const IntVec wide = load_narrow(static_cast<const uint16_t*>(base) + index, n);
   return stored == Stored::kBFloat16 ? from_bfloat16(wide) : from_half(wide);
 }
 
@@ -62,11 +87,15 @@ RNNATTN_INLINE FloatVec store_as(Stored stored, void* base, int64_t index, Float
     store<float>(static_cast<float*>(base) + index, v, n);
     return v;
   }
+#if defined(__AVX512BF16__)
+  if (stored == Stored::kBFloat16) {
+    const __m256i narrow = (__m256i)_mm512_cvtneps_pbh((__m512)v);  // subnormal numbers count as zero
+    store_narrow(static_cast<uint16_t*>(base) + index, narrow, n);
+    return from_bfloat16((IntVec)_mm512_cvtepu16_epi32(narrow));
+  }
+#endif
   const IntVec rounded = stored == Stored::kBFloat16 ? to_bfloat16(v) : to_half(v);
-  const HalfBits narrow = __builtin_convertvector(rounded, HalfBits);
-  uint16_t* p = static_cast<uint16_t*>(base) + index;
-  if (n == kLanes<float>) std::memcpy(p, &narrow, sizeof narrow);
-  else std::memcpy(p, &narrow, n * sizeof *p);
+  store_narrow(static_cast<uint16_t*>(base) + index, rounded, n);
   return stored == Stored::kBFloat16 ? from_bfloat16(rounded) : from_half(rounded);
 }
 

@@ -6,6 +6,7 @@
 
 #include "../../csrc/cpu/bfloat16_product.h"
 #include "../../csrc/cpu/panels.h"
+#include "../../csrc/cpu/transpose.h"
 #include "sixteen_bits.h"
 
 namespace {
@@ -81,16 +82,73 @@ void check_product(int64_t n, int64_t K, bool apart, bool with_init) {
   const std::vector<const uint16_t*> given(rows);
   std::vector<uint16_t> copies(n * rnnattn::padded_row(K), 0xffff);
   BFloat16Tiles::arrange(rows.data(), n, K, copies.data());
-  const Product<float, BFloat16Tiles> product{rows.data(), K, panel.data(), panel.data()};
-  multiply<V, float, BFloat16Tiles>(product, 0, n, with_init ? init.data() : nullptr, out.data());
+  // Twice the same product: sums go on from one to the next. Some columns in a call of their own, and all rows in it.
+  const Product<float, BFloat16Tiles> products[2] = {{rows.data(), K, panel.data(), nullptr}, {rows.data(), K, panel.data(), nullptr}};
+  const float* from = with_init ? init.data() : nullptr;
+  int64_t calls = 0;
+  const auto beside = [&] { ++calls; };
+  BFloat16Tiles::multiply<V, 0, V - 1>(products, 2, 0, n, from, 0, out.data(), beside);
+  BFloat16Tiles::multiply<V, V - 1, 1>(products, 2, 0, n, from, 0, out.data(), beside);
+  expect(calls == 2 * (BFloat16Tiles::steps<V - 1>(n, K) + BFloat16Tiles::steps<1>(n, K)), "steps", n, K, calls);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t column = 0; column < width; ++column) {
       double sum = with_init ? init[column] : 0;
-      for (int64_t k = 0; k < K; ++k) sum += decode(Stored::kBFloat16, given[i][k]) * w[k * width + column];
-      expect(std::fabs(out[i * columns + column] - sum) <= 1e-6 * (K + 1), "product", n, K, i * columns + column);
+      for (int64_t k = 0; k < K; ++k) sum += 2 * decode(Stored::kBFloat16, given[i][k]) * w[k * width + column];
+      expect(std::fabs(out[i * columns + column] - sum) <= 2e-6 * (K + 1), "product", n, K, i * columns + column);
     }
   expect(out.back() == -1, "nothing written beyond", n, K);
   BFloat16Tiles::finish();
+}
+
+// Sums that begin with a row each, those of the rows from `begin` on.
+void check_rows_of_init() {
+  constexpr int64_t V = 4, K = 32, n = 5, begin = 2;
+  std::vector<uint16_t> a((n + begin) * K, bfloat16(1));
+  std::vector<int32_t> panel(K / 2 * V * L, pair(1, 1));
+  std::vector<float> init(n * V * L), out(init.size());
+  for (size_t i = 0; i < init.size(); ++i) init[i] = i;
+  std::vector<const uint16_t*> rows(n + begin);
+  for (int64_t i = 0; i < n + begin; ++i) rows[i] = a.data() + i * K;
+  for (int64_t i = begin * K; i < (n + begin) * K; ++i) a[i] = bfloat16(2);
+  TileShapes s = shapes(n, L * 4);
+  for (int t = 4; t < kTiles; ++t) s.rows[t] = t < 6 ? n : 16, s.row_bytes[t] = t < 6 ? kTileBytes : L * 4;
+  tile_configure(s);
+  const Product<float, BFloat16Tiles> product{rows.data(), K, panel.data(), nullptr};
+  BFloat16Tiles::multiply<V, 0, V>(&product, 1, begin, n, init.data(), V * L, out.data(), [] {});
+  for (size_t i = 0; i < out.size(); ++i) expect(out[i] == init[i] + 2 * K, "rows of init", i);
+  BFloat16Tiles::finish();
+}
+
+// Weights that are bfloat16 are packed as those are that become it, rows and columns.
+void check_packing() {
+  for (int64_t K : {1, 2, 15, 16, 31, 32, 33, 70})
+    for (int64_t width : {1, 7, 64})
+      for (bool by_rows : {false, true}) {
+        std::mt19937 random(K * 100 + width);
+        std::vector<uint16_t> w(K * width);
+        std::vector<float> wide(w.size());
+        for (size_t i = 0; i < w.size(); ++i) w[i] = bfloat16(std::ldexp(random(), -31)), wide[i] = decode(Stored::kBFloat16, w[i]);
+        rnnattn::Packing<float> packing{wide.data(), by_rows ? width : 1, by_rows ? 1 : K, K, width, 1, 3, Panel::kBFloat16};
+        std::vector<int32_t> want(panel_depth(Panel::kBFloat16, K) * 3 * L, -1), got(want);
+        const int64_t blocks = (width + 3 * L - 1) / (3 * L);
+        want.resize(want.size() * blocks, -1), got.resize(want.size(), -1);
+        for (int64_t block = 0; block < blocks; ++block) pack_panel(packing, block, want.data());
+        packing.w = w.data(), packing.stored = Stored::kBFloat16;
+        for (int64_t block = 0; block < blocks; ++block) pack_panel(packing, block, got.data());
+        expect(got == want, "packing", K, width, by_rows);
+      }
+}
+
+void check_transpose() {
+  for (int64_t n : {1, 16, 31, 33, 70})
+    for (int64_t width : {1, 15, 17, 40}) {
+      const int64_t row = width + 3, out_row = n + 5;
+      std::vector<uint16_t> rows(n * row), out(width * out_row, 0xffff);
+      for (size_t i = 0; i < rows.size(); ++i) rows[i] = i * 2654435761u >> 8;
+      transpose_rows(rows.data(), row, n, width, out.data(), out_row);
+      for (int64_t c = 0; c < width; ++c)
+        for (int64_t r = 0; r < out_row; ++r) expect(out[c * out_row + r] == (r < n ? rows[r * row + c] : 0xffff), "transpose", n, width, r);
+    }
 }
 
 }  // namespace
@@ -98,6 +156,9 @@ void check_product(int64_t n, int64_t K, bool apart, bool with_init) {
 int main() {
   check_dots();
   check_tiles();
+  check_rows_of_init();
+  check_packing();
+  check_transpose();
   for (int64_t n : {1, 2, 4, 5, 15, 16, 17, 31, 32, 33, 48, 50})
     for (int64_t K : {1, 2, 3, 31, 32, 33, 64, 97})
       for (bool apart : {false, true})

@@ -133,7 +133,7 @@ struct Layer {
     const int64_t blocks = blocks_of(s.H, vectors), blocks_hr = s.projected() ? blocks_of(s.R, kernels<F>().wide_vectors) : 0;
     run([&](const Rows& rows, int index, Barrier* barrier) {
       const int64_t first = share(blocks, index), last = share(blocks, index + 1), chunk_rows = s.chunk * rows.n;
-      std::vector<F> gates_x((s.chunk > 1 ? last - first : 1) * chunk_rows * block, NAN), wide(s.stored == Stored::kFull || s.narrow() ? 0 : chunk_rows * s.I, NAN);
+      std::vector<F> gates_x((s.chunk > 1 || s.narrow() ? last - first : 1) * chunk_rows * block, NAN), wide(s.stored == Stored::kFull || s.narrow() ? 0 : chunk_rows * s.I, NAN);
       std::vector<uint16_t> narrow(s.narrow() ? chunk_rows * padded_row(s.I) + rows.n * padded_row(s.R) : 0, 0xffff);
       std::vector<const void*> pointers(chunk_rows + 2 * rows.n);
       std::vector<F> panel(s.packed ? 0 : block * std::max(panel_depth(s.panel, s.I), panel_depth(s.panel, s.R)), NAN);

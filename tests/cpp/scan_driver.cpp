@@ -93,9 +93,10 @@ void check_plans() {
     for (int64_t B : {0, 1, 5, 1000})
       for (int64_t H : {1, 37, 256, 2048})
         for (int directions : {1, 2})
-          for (bool backward : {false, true}) {
+          for (int kind = 0; kind < 4; ++kind) {
+            const bool backward = kind % 2, tiles = kind / 2;
             const Plan plan = plan_layer({.mode = Mode::kLstm, .T = 10, .B = B, .I = H, .H = H, .R = H, .directions = directions, .mean_rows = double(B),
-                                          .element = 4, .lanes = kernels<float>().lanes, .backward = backward}, threads);
+                                          .element = tiles ? 2 : 4, .lanes = kernels<float>().lanes, .backward = backward, .tiles = tiles}, threads);
             const bool good = plan.members >= 1 && plan.groups >= 1 && plan.teams >= 1 && plan.teams * plan.members <= threads &&
                               plan.teams <= plan.groups * directions && plan.groups <= std::max<int64_t>(1, B) &&
                               plan.members <= (H + kernels<float>().lanes - 1) / kernels<float>().lanes;

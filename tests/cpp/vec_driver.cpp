@@ -95,6 +95,9 @@ int main() {
   // Near 1, where floats are half an epsilon apart.
   check_function<float>("precise_tanh near 1", 0, 0.55 * std::numeric_limits<float>::epsilon(),
                         [&](FloatVec x) { return precise(x * x + 1.0f); }, [](double x) { return std::tanh(float(x) * float(x) + 1.0f); });
+  // To 13 bits, and beyond floats' range of e^-x to zero.
+  check_function<float>("sigmoid, 13 bits", 1024, 2e-38, [](FloatVec x) { return sigmoid(x, ThirteenBits()); }, logistic);
+  check_function<float>("tanh, 13 bits", 1024, 0, [](FloatVec x) { return tanh(x, ThirteenBits()); }, [](double x) { return std::tanh(x); });
   check_function<double>("sigmoid, double", 3, 0, [](DoubleVec x) { return sigmoid(x); }, logistic);
   check_function<double>("tanh, double", 3, 0, [](DoubleVec x) { return tanh(x); }, [](double x) { return std::tanh(x); });
   std::printf("vectors of %d bytes: %d failures\n", kVectorBytes, failures);
