@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from benchmarks.timing import Contender, Context, Timing, compare, ratios
 
 UNRECORDED = ("cpp", "prepared weights")  # backend and kernel where no choice is made in the call
 WRONG = 0.02  # relative L2 error from which a result counts as wrong, in any dtype
+HOPELESS = 10  # times a peer's other form that a call of at least a second takes: not worth the time to measure it
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class _Entry:
     kernel: str
     contender: Contender | None
     error: float | None = None
+    seconds: float = 0.0  # of its first call
     failure: str = ""
     prepared: bool = False
     informational: str = ""
@@ -99,6 +102,7 @@ def _cell(
 ) -> list[Row]:
     ours = _ours(experiment, mode, backends, truth)
     peers = [_peer(peer, experiment, mode, truth) for peer in experiment.peers if peer.trains or mode == FORWARD]
+    peers = [_left_out(peer, peers) for peer in peers]
     running = [entry for entry in [*ours, *peers] if entry.contender is not None]
     contenders = [entry.contender for entry in running if entry.contender is not None]
     timings = dict(zip(map(id, running), compare(contenders, seconds, experiment.dy.device), strict=True))
@@ -165,14 +169,24 @@ def _results(forward: Callable[[], Tensor], inputs: list[Tensor], dy: Tensor) ->
 def _checked(entry: _Entry, truth: list[Tensor], seen: Callable[[Tensor], Tensor] = lambda y: y) -> _Entry:
     """Runs the entry once: its error, or the failure that takes it out of the timing."""
     assert entry.contender is not None
+    start = time.perf_counter()
     try:
         with entry.contender.context():
             results = entry.contender.run()
     except Exception as error:
         return replace(entry, contender=None, failure=_failed(error))
+    seconds = time.perf_counter() - start
     assert isinstance(results, list)
     results[0] = seen(results[0])
-    return replace(entry, error=max(map(relative_error, results, truth)))
+    return replace(entry, error=max(map(relative_error, results, truth)), seconds=seconds)
+
+
+def _left_out(peer: _Entry, peers: Sequence[_Entry]) -> _Entry:
+    """The peer, not to be timed where another form of it that is right is far ahead."""
+    others = [other.seconds for other in peers if other.name == peer.name and not _rejected(other)]
+    if peer.contender is None or not others or peer.seconds < max(1.0, HOPELESS * min(others)):
+        return peer
+    return replace(peer, contender=None, failure=f"was left out: a call takes {peer.seconds:.1f} s")
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:

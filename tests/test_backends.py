@@ -186,6 +186,30 @@ def test_wrong_gradients_are_never_chosen(call: Call, monkeypatch: pytest.Monkey
         assert backends.select(call).backend == "reference"
 
 
+@pytest.mark.parametrize(
+    ("units", "isa", "dtype", "first"),
+    [
+        ({"amx_bf16", "avx512_bf16"}, "amx", torch.bfloat16, "cpp"),
+        ({"amx_bf16", "avx512_bf16"}, "avx512_bf16", torch.bfloat16, "torch"),  # built by a compiler without AMX
+        ({"avx512_bf16"}, "avx512_bf16", torch.bfloat16, "cpp"),
+        ({"avx512_bf16"}, "avx512", torch.bfloat16, "torch"),
+        (set(), "avx512", torch.bfloat16, "cpp"),
+        ({"avx512_fp16"}, "amx", torch.float16, "cpp"),
+        ({"amx_fp16", "avx512_fp16"}, "amx", torch.float16, "torch"),
+        ({"amx_bf16", "amx_fp16"}, "avx512", torch.float32, "cpp"),
+    ],
+)
+def test_torch_runs_what_it_alone_has_instructions_for(
+    units: set[str], isa: str, dtype: torch.dtype, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends.choice, "_capabilities", lambda: dict.fromkeys(units, True))
+    monkeypatch.setattr(backends.choice, "_our_isa", lambda: isa)
+    call = Call("lstm", "cpu", dtype, 4, 8, 16, 16)
+    assert backends.choice.order(call)[0][0] == first
+    for change in ({"ragged": True}, {"projection": 8}, {"op": "gru"}):
+        assert backends.choice.order(dataclasses.replace(call, **change))[0][0] == "cpp"
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
 @pytest.mark.parametrize("op", OPS)
 def test_the_order_ends_with_what_runs_everywhere(op: str, device: str) -> None:
