@@ -19,6 +19,7 @@ from benchmarks.timing import Contender, Context, Timing, compare, ratios
 UNRECORDED = ("cpp", "prepared weights")  # backend and kernel where no choice is made in the call
 WRONG = 0.02  # relative L2 error from which a result counts as wrong, in any dtype
 HOPELESS = 10  # times a peer's other form that a call of at least a second takes: not worth the time to measure it
+PATIENCE = 20.0  # seconds of a call that nobody waits for again
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,10 @@ def _checked(entry: _Entry, truth: list[Tensor], seen: Callable[[Tensor], Tensor
 
 
 def _left_out(peer: _Entry, peers: Sequence[_Entry]) -> _Entry:
-    """The peer, not to be timed where another form of it that is right is far ahead."""
+    """The peer, not to be timed where another form of it that is right is far ahead, or a call takes too long."""
     others = [other.seconds for other in peers if other.name == peer.name and not _rejected(other)]
-    if peer.contender is None or not others or peer.seconds < max(1.0, HOPELESS * min(others)):
+    limit = min(PATIENCE, max(1.0, HOPELESS * min(others, default=PATIENCE)))
+    if peer.contender is None or peer.seconds < limit:
         return peer
     return replace(peer, contender=None, failure=f"was left out: a call takes {peer.seconds:.1f} s")
 

@@ -135,25 +135,50 @@ inline Vec<F> totals(Vec<F>* sums) {
 
 constexpr int kRowsOfDots = 4, kColumnsOfDots = 4;  // at once
 
+// What a multiply-add of the products below takes of a row and of a column, both as they lie: a number to a lane.
+template <typename F, Stored S, typename Row>
+struct NumbersOfDots {
+  static constexpr int64_t kTaken = kLanes<F>;
+  RNNATTN_INLINE static Vec<F> weights(const void* w, int64_t index, int64_t n) { return load_stored<F>(S, w, index, n); }
+  RNNATTN_INLINE static Vec<F> row(const Row* a, int64_t n) { return load_row(a, n); }
+  RNNATTN_INLINE static Vec<F> multiply_add(Vec<F> sum, Vec<F> a, Vec<F> column) { return sum + a * column; }
+};
+
+#if defined(__AVX512BF16__)
+// A pair.
+template <>
+struct NumbersOfDots<float, Stored::kBFloat16, uint16_t> {
+  static constexpr int64_t kTaken = 2 * kLanes<float>;
+  RNNATTN_INLINE static __m512bh weights(const void* w, int64_t index, int64_t n) { return row(static_cast<const uint16_t*>(w) + index, n); }
+  RNNATTN_INLINE static __m512bh row(const uint16_t* a, int64_t n) {
+    return (__m512bh)(n == kTaken ? _mm512_loadu_si512(a) : _mm512_maskz_loadu_epi16((uint32_t{1} << n) - 1, a));
+  }
+  RNNATTN_INLINE static FloatVec multiply_add(FloatVec sum, __m512bh a, __m512bh column) {
+    return (FloatVec)_mm512_dpbf16_ps((__m512)sum, column, a);
+  }
+};
+#endif
+
 // out[r][c] = a[r] . w's column c for R rows and C columns that lie `apart`, each a vector of partial sums; out has L columns.
 // So few that they would wait for one another are taken in parts.
 template <int R, int C, Stored S, typename F, typename Row>
 [[gnu::noinline]] void dots(const Row* const* rows, const void* w, int64_t first, int64_t apart, int64_t K, Vec<F>* out) {
-  constexpr int64_t L = kLanes<F>;
+  using Numbers = NumbersOfDots<F, S, Row>;
+  constexpr int64_t L = kLanes<F>, kTaken = Numbers::kTaken;
   constexpr int kParts = R * C < 4 ? 4 : 1;
   Vec<F> sums[kParts][R][C] = {};
   const auto add = [&](int part, int64_t k, int64_t n) __attribute__((always_inline)) {
-    Vec<F> column[C];
-    RNNATTN_UNROLL for (int c = 0; c < C; ++c) column[c] = load_stored<F>(S, w, first + c * apart + k, n);
+    decltype(Numbers::weights(w, 0, 0)) column[C];
+    RNNATTN_UNROLL for (int c = 0; c < C; ++c) column[c] = Numbers::weights(w, first + c * apart + k, n);
     RNNATTN_UNROLL for (int r = 0; r < R; ++r) {
-      const Vec<F> a = load_row(rows[r] + k, n);
-      RNNATTN_UNROLL for (int c = 0; c < C; ++c) sums[part][r][c] += a * column[c];
+      const auto a = Numbers::row(rows[r] + k, n);
+      RNNATTN_UNROLL for (int c = 0; c < C; ++c) sums[part][r][c] = Numbers::multiply_add(sums[part][r][c], a, column[c]);
     }
   };
   int64_t k = 0;
-  for (; k + kParts * L <= K; k += kParts * L)
-    RNNATTN_UNROLL for (int part = 0; part < kParts; ++part) add(part, k + part * L, L);
-  for_lanes<F>(k, K, [&](int64_t at, int64_t n) { add(0, at, n); });
+  for (; k + kParts * kTaken <= K; k += kParts * kTaken)
+    RNNATTN_UNROLL for (int part = 0; part < kParts; ++part) add(part, k + part * kTaken, kTaken);
+  for (; k < K; k += kTaken) add(0, k, K - k < kTaken ? K - k : kTaken);
   RNNATTN_UNROLL for (int r = 0; r < R; ++r)
     RNNATTN_UNROLL for (int c = 0; c < C; ++c) {
       Vec<F> sum = sums[0][r][c];
