@@ -80,7 +80,7 @@ struct Member {
   int index;
   int64_t first, last;  // blocks of units
   int64_t first_projected, last_projected;
-  F* gates_x;           // forward: [blocks][rows][vectors][lanes], see ForwardScan::chunk
+  F* gates_x;           // forward: [blocks][rows][vectors][lanes]; of one block where ForwardScan::chunk is 1 and no matrix unit
   void* copies;         // of rows: forward: of x as F [rows of a chunk, I], where it is stored in 16 bits; products in
                         // bfloat16: [rows of a chunk, padded I] and [n, padded R]; backward: [n, padded K of w_hh]
   const void** pointers;  // [rows of a chunk + 2 n]
@@ -127,7 +127,8 @@ struct ForwardScan {
   int64_t y_row;
   void* gates;          // stored [T, B, gate columns * H] after the activation, or null; LSTM, GRU
   F* cells;             // [T, B, H], or null; LSTM
-  int64_t chunk;        // scan steps whose input product is computed at once; 1: block by block
+  int64_t chunk;        // scan steps whose input product is computed at once; 1: block by block, by a matrix unit with the
+                        // hidden product in one sum
   int64_t calls = 0;    // with these weights before: blocks are taken there and back again, from call to call as well
   Resets<F> resets = {};
 };

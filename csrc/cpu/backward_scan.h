@@ -34,12 +34,12 @@ class Backward {
       const int64_t later = running;  // rows that have run a later step; the others end here
       while (running < p.rows.n && p.rows.length[running] > step) ++running;
       point_at_later_step(step, later);
-      if (p.w_hr) {
-        projected_gradient(step, later, running);
-        for_blocks(m.first, m.last, step, [&](int64_t block, int64_t next) { units_projected(block, next, step, running); });
-      } else if constexpr (kTiles) {
+      if constexpr (kTiles) {
         for_blocks(m.first, m.last, step, [&](int64_t block, int64_t) { block_of_tiles(block, step, later, running); });
         overlap.finish();
+      } else if (p.w_hr) {
+        projected_gradient(step, later, running);
+        for_blocks(m.first, m.last, step, [&](int64_t block, int64_t next) { units_projected(block, next, step, running); });
       } else {
         for_blocks(m.first, m.last, step, [&](int64_t block, int64_t next) {
           const auto lines = [&](int64_t i, int64_t rows) { return lines_of_cells(block, step, i, rows).fetched(); };
@@ -54,14 +54,15 @@ class Backward {
     point_at_later_step(-1, running);
     if constexpr (kTiles) {
       for_blocks(m.first, m.last, 0, [&](int64_t block, int64_t) { block_of_tiles(block, -1, running, running); });
-      return overlap.finish();
-    }
-    const bool apart = p.w_hr;  // with a projection h has other columns than the units
-    for_blocks(apart ? m.first_projected : m.first, apart ? m.last_projected : m.last, 0, [&](int64_t block, int64_t next) {
-      state_gradients(block, next, -1, running, running, NoLines{}, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
-        store<F>(p.dh + p.rows.row[i] * p.R + column, dh, n);
+      overlap.finish();
+    } else {
+      const bool apart = p.w_hr;  // with a projection h has other columns than the units
+      for_blocks(apart ? m.first_projected : m.first, apart ? m.last_projected : m.last, 0, [&](int64_t block, int64_t next) {
+        state_gradients(block, next, -1, running, running, NoLines{}, [&](int64_t i, int64_t column, int64_t n, Vec<F> dh) {
+          store<F>(p.dh + p.rows.row[i] * p.R + column, dh, n);
+        });
       });
-    });
+    }
   }
 
  private:

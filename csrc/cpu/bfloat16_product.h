@@ -63,7 +63,7 @@ struct BFloat16Tiles : BFloat16Dots {
     if (n == 1 && K % kDepth == 0) return;
     const int64_t width = rnnattn::padded_row(K);
     for (int64_t i = 0; i < n; ++i, memory += width) {
-      std::memcpy(memory, rows[i], K * sizeof(Row));
+      if (K) std::memcpy(memory, rows[i], K * sizeof(Row));
       std::memset(memory + K, 0, (width - K) * sizeof(Row));
       rows[i] = memory;
     }

@@ -68,7 +68,8 @@ struct Lstm {
   template <typename F, typename Row>
   RNNATTN_INLINE static Vec<F> forward(const ForwardUnits<F, Row>& at) {
     const Bits<Row> bits;
-    const Vec<F> i = sigmoid(at.sum(0), bits), f = sigmoid(at.sum(1), bits), g = tanh(at.sum(2), bits), o = sigmoid(at.sum(3), bits);
+    // c is not rounded from step to step: with f near 1 what f lacks of it counts as often as there are steps.
+    const Vec<F> i = sigmoid(at.sum(0), bits), f = sigmoid(at.sum(1)), g = tanh(at.sum(2), bits), o = sigmoid(at.sum(3), bits);
     const Vec<F> c = f * load(at.c_prev + at.unit, at.n) + i * g;
     store<F>(at.c + at.unit, c, at.n);
     if (at.cells) store<F>(at.cells + at.unit, c, at.n);

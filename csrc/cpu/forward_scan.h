@@ -129,9 +129,11 @@ class Forward {
     const Word* panel = panel_of(packed, p.unpacked_hh, block, running);
     const Word* after = !p.w_hh ? panel : ahead ? w_hh(turn.next) : w_ih(turn.next);
     const Product<F, W> product{h_rows, p.R, panel, after, scale(p.scale_hh, block)};
-    if (!panel) for_unpacked(block, running, put);
-    else if (!p.gates) for_products<V, F, W>(product, 0, running, put);
-    else for_products<V, F, W>(product, 0, running, [&](int64_t i, int64_t rows) { return lines_of_cells(block, step, i, rows).fetched(); }, put);
+    if (!panel) return for_unpacked(block, running, put);
+    if constexpr (!kTiles) {
+      if (!p.gates) for_products<V, F, W>(product, 0, running, put);
+      else for_products<V, F, W>(product, 0, running, [&](int64_t i, int64_t rows) { return lines_of_cells(block, step, i, rows).fetched(); }, put);
+    }
   }
 
   // The same by a matrix unit. Input products that were not computed ahead are summed with the hidden ones in its registers.

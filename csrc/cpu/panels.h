@@ -59,32 +59,8 @@ inline void store_weights(const Vec<F>* rows, int64_t depth, int64_t k, int64_t 
   }
 }
 
-template <typename W, typename F>
-void pack_panel_as(const Packing<F>& p, int64_t block, typename W::Word* panel) {
-  constexpr int64_t L = kLanes<F>;
-  const int64_t V = p.gates * p.units;
-  const auto weights = [&](int64_t index, int64_t n) { return load_stored<F>(p.stored, p.w, index, n); };
-  for (int64_t v = 0; v < V; ++v) {
-    const int64_t unit = (block * p.units + v / p.gates) * L, n = lanes_left<F>(p.width, unit);
-    const int64_t first = (v % p.gates * p.width + unit) * p.column_stride;
-    for (int64_t k = 0; k < p.K; k += L) {
-      const int64_t depth = lanes_left<F>(p.K, k);
-      Vec<F> rows[L];
-      if (p.column_stride == 1) {
-        for (int64_t j = 0; j < depth; ++j) rows[j] = n ? weights(first + (k + j) * p.k_stride, n) : Vec<F>{};
-      } else {
-        for (int64_t l = 0; l < L; ++l) rows[l] = l < n ? weights(first + l * p.column_stride + k, depth) : Vec<F>{};
-        transpose<F>(rows);
-      }
-      store_weights<W, F>(rows, depth, k, v, V, panel);
-    }
-  }
-  const int64_t filled = (p.K + W::kGroup - 1) / W::kGroup;
-  std::memset(panel + filled * V * L, 0, (words<W>(p.K) - filled) * V * L * sizeof *panel);
-}
-
-// The same for weights that are bfloat16 already, of which no float need be made: a word is a pair as it lies in a column,
-// or of two rows that lie side by side.
+// A panel of pairs from weights that are bfloat16 already, of which no float need be made: a word is a pair as it lies in a
+// column, or of two rows that lie side by side.
 inline void pack_pairs(const Packing<float>& p, int64_t block, int32_t* panel) {
   constexpr int64_t L = kLanes<float>;
   const int64_t V = p.gates * p.units;
@@ -105,7 +81,33 @@ inline void pack_pairs(const Packing<float>& p, int64_t block, int32_t* panel) {
     }
   }
   const int64_t filled = (p.K + 1) / 2;
-  std::memset(panel + filled * V * L, 0, (words<PairsOfBFloat16>(p.K) - filled) * V * L * sizeof *panel);
+  if (p.K) std::memset(panel + filled * V * L, 0, (words<PairsOfBFloat16>(p.K) - filled) * V * L * sizeof *panel);
+}
+
+template <typename W, typename F>
+void pack_panel_as(const Packing<F>& p, int64_t block, typename W::Word* panel) {
+  if constexpr (W::kPanel == Panel::kBFloat16)
+    if (p.stored == Stored::kBFloat16) return pack_pairs(p, block, panel);
+  constexpr int64_t L = kLanes<F>;
+  const int64_t V = p.gates * p.units;
+  const auto weights = [&](int64_t index, int64_t n) { return load_stored<F>(p.stored, p.w, index, n); };
+  for (int64_t v = 0; v < V; ++v) {
+    const int64_t unit = (block * p.units + v / p.gates) * L, n = lanes_left<F>(p.width, unit);
+    const int64_t first = (v % p.gates * p.width + unit) * p.column_stride;
+    for (int64_t k = 0; k < p.K; k += L) {
+      const int64_t depth = lanes_left<F>(p.K, k);
+      Vec<F> rows[L];
+      if (p.column_stride == 1) {
+        for (int64_t j = 0; j < depth; ++j) rows[j] = n ? weights(first + (k + j) * p.k_stride, n) : Vec<F>{};
+      } else {
+        for (int64_t l = 0; l < L; ++l) rows[l] = l < n ? weights(first + l * p.column_stride + k, depth) : Vec<F>{};
+        transpose<F>(rows);
+      }
+      store_weights<W, F>(rows, depth, k, v, V, panel);
+    }
+  }
+  const int64_t filled = (p.K + W::kGroup - 1) / W::kGroup;
+  if (p.K) std::memset(panel + filled * V * L, 0, (words<W>(p.K) - filled) * V * L * sizeof *panel);
 }
 
 // One panel of a matrix.
@@ -117,8 +119,6 @@ void pack_panel(const Packing<F>& p, int64_t block, void* panels) {
     pack_panel_as<W, F>(p, block, static_cast<typename W::Word*>(panels) + block * words<W>(p.K) * columns);
   };
   if constexpr (sizeof(F) == sizeof(float)) {
-    if (p.panel == Panel::kBFloat16 && p.stored == Stored::kBFloat16)
-      return pack_pairs(p, block, static_cast<int32_t*>(panels) + block * words<PairsOfBFloat16>(p.K) * columns);
     if (p.panel == Panel::kBFloat16) return pack_as(PairsOfBFloat16{});
     if (p.panel == Panel::kInt8) return pack_as(FoursOfInt8{});
   }

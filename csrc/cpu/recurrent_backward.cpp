@@ -142,11 +142,11 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
     const PreviousStates h_prev{y.narrow(-1, k * R, R), h0[k], order, reverses[k], resets, reset_to_initial};
     if (narrow && order.slots >= kTransposedSteps) {
       const Tensor inputs = rows_apart(I + R, order.slots, d.options());
-      transpose_into(inputs.narrow(0, 0, I), x_packed);
+      transpose_into(inputs.narrow(0, 0, I), x_packed.contiguous());
       h_prev.transpose_to(inputs.narrow(0, I, R));
       const auto product = [&](int64_t row, int64_t n, int64_t column) {
-        const Tensor sum = workspace({n, used * H}, d.options());
-        return at::mm_out(const_cast<Tensor&>(sum), inputs.narrow(0, row, n), d.narrow(1, column, used * H));
+        Tensor sum = workspace({n, used * H}, d.options());
+        return at::mm_out(sum, inputs.narrow(0, row, n), d.narrow(1, column, used * H));
       };
       const Tensor both = gru ? Tensor() : product(0, I + R, 0);
       const Tensor of_x = gru ? product(0, I, 0) : both.narrow(0, 0, I), of_h = gru ? product(I, R, H) : both.narrow(0, I, R);

@@ -114,7 +114,8 @@ Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c
 
   const auto chunk_of = [&](int members) {
     const int64_t width = (blocks + members - 1) / members * block;
-    return chunk_steps(rows / plan.groups, width, sizeof(F), T, tiles, width * (I + R) * element);
+    // Memory goes by the rows of the first step, of which a few long ones may go on alone.
+    return chunk_steps(std::max(rows / plan.groups, group_rows / 4.0), width, sizeof(F), T, tiles, width * (I + R) * element);
   };
   const auto gates_x = [&](int members) {  // numbers of the input products computed ahead
     return (tiles || chunk_of(members) > 1 ? (blocks + members - 1) / members : 1) * chunk_of(members) * group_rows * block;

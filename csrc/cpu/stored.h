@@ -1,4 +1,5 @@
-// Vectors of F in memory as F or rounded to 16 bits, to nearest with ties to even as torch rounds.
+// Vectors of F in memory as F or rounded to 16 bits, to nearest with ties to even as torch rounds (but subnormal bfloat16 to
+// zero, by AVX512_BF16).
 #pragma once
 
 #include "../recurrent.h"

@@ -5,6 +5,8 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+
 #include "isa.h"
 #include "workspace.h"
 
@@ -16,7 +18,7 @@ inline void transpose_into(const at::Tensor& out, const at::Tensor& rows) {
   const int64_t n = rows.size(0), width = rows.size(1);
   const auto* from = static_cast<const uint16_t*>(rows.const_data_ptr());
   auto* to = static_cast<uint16_t*>(out.data_ptr());
-  at::parallel_for(0, (n + kLine - 1) / kLine, std::max<int64_t>(1, kGrain / (kLine * width)), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, (n + kLine - 1) / kLine, std::max<int64_t>(1, kGrain / (kLine * std::max<int64_t>(1, width))), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kLine, last = std::min(n, end * kLine);
     kernel_table().bfloat16->transpose_rows(from + first * rows.stride(0), rows.stride(0), last - first, width, to + first, out.stride(0));
   });
@@ -28,9 +30,12 @@ inline at::Tensor transposed(const at::Tensor& rows) {
   return out;
 }
 
-// [width, n], of which the rows begin at different places of a page.
+// [width, n], of which the rows begin at different places of a page. Zeros stand behind each row: oneDNN multiplies what it
+// finds there up to the next multiple of 32 by zero, and NaN by zero is NaN.
 inline at::Tensor rows_apart(int64_t width, int64_t n, const at::TensorOptions& options) {
-  return workspace({width, padded_row(n)}, options).narrow(1, 0, n);
+  const at::Tensor rows = workspace({width, padded_row(n)}, options);
+  rows.narrow(1, n, padded_row(n) - n).zero_();
+  return rows.narrow(1, 0, n);
 }
 
 }  // namespace rnnattn

@@ -168,7 +168,7 @@ inline DoubleVec tanh(DoubleVec x) {
 }
 inline DoubleVec precise_tanh(DoubleVec x) { return tanh(x); }
 
-// What is rounded to bfloat16, which has 8 bits, needs no more than 13: within 2^-13 of the value, near zero too.
+// What is rounded to bfloat16 at once, to 8 bits, needs no more than 13: within 2^-13 of the value, near zero too.
 struct AllBits {};
 struct ThirteenBits {};
 

@@ -108,7 +108,7 @@ void check_plans() {
 // or odd sizes), and shares of units of several threads. The rest of a case is dealt out by its number, as below.
 void check_bfloat16() {
   int n = 0;
-  for (int64_t B : {3, 5, 17, 50})
+  for (int64_t B : {1, 3, 5, 16, 17, 40, 50})
     for (int64_t H : {1, 37, 64})
       for (int64_t chunk : {1, 3}) {
         const Mode modes[] = {Mode::kLstm, Mode::kGru, Mode::kTanh};
