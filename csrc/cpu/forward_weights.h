@@ -45,11 +45,13 @@ std::vector<ForwardWeights<F>> forward_weights(at::TensorList weights, bool has_
     ForwardWeights<F> part{matrix(w.w_ih), matrix(w.w_hh), {}, {}, {}, {}, {}, w};
     if (w.w_hr.defined()) part.hr = packed_columns<F>(w.w_hr, true);
     if (has_biases) {
-      Tensor bias = w.b_ih + w.b_hh;
-      if (mode == Mode::kGru) {  // b_hn is not added to the input product, it stands inside r * q
-        part.bias_q = w.b_hh.narrow(0, 2 * H, H);
-        bias.narrow(0, 2 * H, H).copy_(w.b_ih.narrow(0, 2 * H, H));
-      }
+      const bool gru = mode == Mode::kGru;  // b_hn is not added to the input product, it stands inside r * q
+      const Tensor bias = at::empty_like(w.b_ih);
+      const F *b_ih = w.b_ih.template const_data_ptr<F>(), *b_hh = w.b_hh.template const_data_ptr<F>();
+      const int64_t n = bias.numel(), added = gru ? 2 * H : n;
+      F* sums = bias.template data_ptr<F>();  // in a loop: torch's operators take longer than a step
+      for (int64_t i = 0; i < n; ++i) sums[i] = i < added ? b_ih[i] + b_hh[i] : b_ih[i];
+      if (gru) part.bias_q = w.b_hh.narrow(0, 2 * H, H);
       part.bias = packed_vector<F>(bias, mode, H);
     }
     all.push_back(std::move(part));
