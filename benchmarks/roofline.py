@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ COLOURS = {"lstm": "#2a6f97", "gru": "#c8553d", "rnn": "#588157"}
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """<device>-roofline.png, where there are rows with an intensity and ceilings to set them under."""
-    ceilings = [run.ceilings for run in results.runs if run.ceilings.products][-1:]
+    measured = [run.ceilings for run in results.runs if run.ceilings.products]
     shapes = {case.shape for case in SUITES["cpu"]}
     rows = [
         row
         for row in results.rows
         if row.intensity and row.gflops and row.backend == "cpp" and row.counts and row.case in shapes
     ]
-    if not ceilings or not rows:
+    if not measured or not rows:
         return []
-    figure = _figure(_best(rows), ceilings[0])
+    products = {dtype: rate for ceilings in measured for dtype, rate in ceilings.products.items()}
+    figure = _figure(_best(rows), replace(measured[-1], products=products))  # the last run with a dtype tells its rate
     figure.supxlabel(machine(results), fontsize=8, x=0.99, ha="right", color=INK)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{results.environment.device}-roofline.png"

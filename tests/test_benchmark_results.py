@@ -144,3 +144,15 @@ def test_roofline_shows_the_cpu_suite_under_measured_ceilings(tmp_path: Path) ->
     assert roofline.draw(measured(ROW), tmp_path) == []  # not of the suite
     without = replace(measured(*suite_rows(1.3)), runs=[results.Run(environment.collect(CPU))])
     assert roofline.draw(without, tmp_path) == []
+
+
+def test_roofline_takes_a_rate_from_the_last_run_that_measured_its_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Ceilings] = []
+    draw = roofline._figure
+    monkeypatch.setattr(roofline, "_figure", lambda rows, ceilings: shown.append(ceilings) or draw(rows, ceilings))
+    both = measured(*suite_rows(1.3))
+    later = results.Run(environment.collect(CPU), Ceilings({"fp32": 90.0}, memory=21.0, l2=81.0))
+    roofline.draw(replace(both, runs=[*both.runs, later]), tmp_path)
+    assert shown == [Ceilings({"fp32": 90.0, "bf16": 40.0}, memory=21.0, l2=81.0)]

@@ -116,6 +116,16 @@ def test_a_kernel_that_is_wrong_or_raises_fails(monkeypatch: pytest.MonkeyPatch)
             assert row.failed and not row.counts and reason in row.note
 
 
+def test_forms_of_a_peer_that_take_far_longer_are_not_timed() -> None:
+    def entry(name: str, seconds: float, error: float = 0.0) -> measure._Entry:
+        return measure._Entry(name, "", "", timing.Contender(lambda: None), error, seconds)
+
+    peers = [entry("a", 0.2), entry("a", 3.0), entry("b", 3.0), entry("c", 0.1, 1.0), entry("c", 3.0), entry("d", 25.0)]
+    left = [measure._left_out(peer, peers) for peer in peers]
+    assert [peer.contender is None for peer in left] == [False, True, False, False, False, True]
+    assert left[1].failure == "was left out: a call takes 3.0 s" and "25.0 s" in left[-1].failure
+
+
 def test_relative_error_is_infinite_for_what_is_not_finite() -> None:
     truth = torch.ones(2, dtype=torch.float64)
     assert relative_error(torch.tensor([1.0, float("nan")]), truth) == float("inf")
