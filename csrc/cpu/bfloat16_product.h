@@ -43,15 +43,15 @@ RNNATTN_INLINE void for_constants(const Body& body) {
   call(std::make_integer_sequence<int, N>{});
 }
 
-// A tile of rows at once, and be it one: a tile of weights takes a few cycles more than rows has the other.
+// A tile of rows at once, be it of a single one: few rows wait for the panels, which tiles read faster than vectors do.
 struct BFloat16Tiles : BFloat16Dots {
   static constexpr int64_t kTileRows = ::kTileRows;
   static constexpr int64_t kDepth = kTileBytes / sizeof(Row);  // steps of k in a tile
   static constexpr int kA = 4, kB = 6;                         // the tiles before are sums
 
   // Lays the rows of the products to come at one stride, a multiple of kDepth long, and sets the tiles to their number.
-  // In place only where nothing is lost by it: rows that lie a power of two apart would meet in the first cache, and what
-  // other threads wrote is fetched sooner by one copy than by the tiles that ask for it.
+  // All but a single one are copied: rows that lie a power of two apart would meet in the first cache, and what other
+  // threads wrote is fetched sooner by one copy than by the tiles that ask for it.
   static void arrange(const Row** rows, int64_t n, int64_t K, Row* memory) {
     if (!n) return;
     TileShapes shapes;

@@ -70,8 +70,9 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   const int64_t projected_blocks = projected ? matrices[0].blocks : 0;
 
   const int64_t element = narrow ? 2 : sizeof(F);
+  const bool tiles = narrow && kernel_table().bfloat16->tiles;
   const Plan plan =
-      plan_layer({mode, T, B, I, H, R, static_cast<int>(K), mean_rows(lengths, shape), element, lanes, true, narrow && kernel_table().bfloat16->tiles}, team_size());
+      plan_layer({mode, T, B, I, H, R, static_cast<int>(K), mean_rows(lengths, shape), element, lanes, true, tiles}, team_size());
   const RowOrder order(lengths, shape, plan.groups);
   const std::vector<int64_t> dy_first = dy ? order.first_elements(dy->stride(0), dy->stride(-2)) : std::vector<int64_t>();
   // The scan reads a unit's gates just before it writes their gradients: into the same memory, where nobody else
@@ -150,10 +151,10 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
       };
       const Tensor both = gru ? Tensor() : product(0, I + R, 0);
       const Tensor of_x = gru ? product(0, I, 0) : both.narrow(0, 0, I), of_h = gru ? product(I, R, H) : both.narrow(0, I, R);
-      const Tensor dw_ih = at::empty({used * H, I}, d.options());
+      const Tensor dw_ih = at::empty({used * H, I}, d.options()), dw_hh = at::empty({used * H, R}, d.options());
       for (const Part& part : parts_x) transpose_into(dw_ih.narrow(0, part.row, part.n), of_x.narrow(1, part.column, part.n));
-      dweights.push_back(dw_ih);
-      dweights.push_back(transposed(of_h));
+      transpose_into(dw_hh, of_h);
+      dweights.push_back(dw_ih), dweights.push_back(dw_hh);
     } else if (parts_x.size() == 1 && order.slots >= used * H && I + R <= kColumnsOfOneGemm) {
       const Tensor inputs = workspace({order.slots, I + R}, d.options());
       inputs.narrow(1, 0, I).copy_(x_packed);

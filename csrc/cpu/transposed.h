@@ -24,12 +24,6 @@ inline void transpose_into(const at::Tensor& out, const at::Tensor& rows) {
   });
 }
 
-inline at::Tensor transposed(const at::Tensor& rows) {
-  const at::Tensor out = workspace({rows.size(1), rows.size(0)}, rows.options());
-  transpose_into(out, rows);
-  return out;
-}
-
 // [width, n], of which the rows begin at different places of a page. Zeros stand behind each row: oneDNN multiplies what it
 // finds there up to the next multiple of 32 by zero, and NaN by zero is NaN.
 inline at::Tensor rows_apart(int64_t width, int64_t n, const at::TensorOptions& options) {
