@@ -31,13 +31,17 @@ def show_config() -> str:
 
 @dataclass(frozen=True)
 class Decision:
-    """One call of a kernel: the backend that ran it, which kernel, why, and what became of the others."""
+    """One call of a kernel: the backend that ran it, which kernel, why, and what became of the others.
+
+    step_us: microseconds that a step of one layer should take by the kernel's cost model, forward; None without one.
+    """
 
     call: Call
     backend: str
     kernel: str
     reason: str
     others: dict[str, str]
+    step_us: float | None = None
 
     def __str__(self) -> str:
         c = self.call
@@ -75,6 +79,7 @@ def explain(module: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanat
             backends.get(chosen.backend).kernel(call),
             chosen.reason,
             _others(call, chosen.backend),
+            backends.get(chosen.backend).step_us(call),
         )
         for call, chosen in choices
     )

@@ -66,6 +66,10 @@ class Backend:
         """The kernel that would run this call, in words."""
         return self.name
 
+    def step_us(self, call: Call) -> float | None:
+        """Microseconds that a model of the kernel expects of one step of one layer, forward; None without a model."""
+        return None
+
     def recurrent_layer_forward(
         self,
         x: Tensor,

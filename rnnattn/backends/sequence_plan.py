@@ -67,6 +67,16 @@ class Plan:
     warps: int = 0  # of a program
     shared: int = 0  # bytes of a program: weights and one chunk of h (db), without the compiler's scratch
 
+    def __str__(self) -> str:
+        if self.tier == "T2":
+            return f"T2, a Triton kernel and a GEMM per step, {self.step_us:.1f} us a step expected ({self.reason})"
+        waves = f" in {self.waves} waves" if self.waves > 1 else ""
+        return (
+            f"{self.tier}, all steps in one Triton launch: {self.programs} programs of {self.units} units and "
+            f"{self.batch_tile} rows{waves}, {self.warps} warps, {self.shared >> 10} KB of shared memory each, "
+            f"{self.step_us:.1f} us a step expected ({self.reason})"
+        )
+
     @property
     def resident(self) -> int:
         """Groups in one launch."""

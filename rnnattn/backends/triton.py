@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from rnnattn.backends import pool_gemms, regularised_steps, stepwise, stepwise_backward
+from rnnattn.backends import pool_gemms, regularised_steps, sequence, sequence_choice, stepwise, stepwise_backward
 from rnnattn.backends.base import Backend, Call
 from rnnattn.backends.regularised import scan_gradients
 from rnnattn.reference.attention_pool import kept_steps
@@ -49,30 +49,40 @@ class Triton(Backend):
 
     def kernel(self, call: Call) -> str:
         if call.recurrent:
-            return "a Triton kernel and a GEMM per step"
+            return _recurrent_kernel(call)
         if call.hidden == 0:
             return "Triton, linear scores and pooling in one pass over x"
         return "Triton, additive scores and pooling fused; GEMMs in the backward pass"
+
+    def step_us(self, call: Call) -> float | None:
+        plan = sequence_choice.plan_of_call(call)
+        return None if plan is None else plan.step_us
 
     def recurrent_layer_forward(  # type: ignore[no-untyped-def]
         self, x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
     ):
         (lengths,) = stepwise.contiguous(lengths)
+        arguments = x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
+        launch = _launch(x, h0, c0, mode, backward=False)
         with _device(x):
-            return stepwise.layer_forward(
-                _step(), x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
-            )
+            if launch is None:
+                return stepwise.layer_forward(_step(), *arguments)
+            return sequence.layer_forward(_sequence(), launch, sequence_choice.precision(x.dtype), *arguments)
 
     def recurrent_layer_backward(  # type: ignore[no-untyped-def]
         self, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
         has_biases, direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
     ):  # fmt: skip
         (lengths,) = stepwise.contiguous(lengths)
+        arguments = (
+            dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
+            direction, mode, needs_dx, needs_dweights,
+        )  # fmt: skip
+        launch = _launch(x, h0, c0, mode, backward=True)
         with _device(x):
-            return stepwise_backward.layer_backward(
-                _step(), dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates,
-                cells, has_biases, direction, mode, needs_dx, needs_dweights,
-            )  # fmt: skip
+            if launch is None:
+                return stepwise_backward.layer_backward(_step(), *arguments)
+            return sequence.layer_backward(_sequence(), launch, sequence_choice.precision(x.dtype), *arguments)
 
     def regularised_scan_forward(self, *arguments):  # type: ignore[no-untyped-def]
         with _device(arguments[0]):
@@ -150,6 +160,22 @@ def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def _launch(x: Tensor, h0: Tensor, c0: Tensor | None, mode: str, backward: bool) -> sequence.Launch | None:
+    """How the sequence kernels run a layer, or None: step by step, as always with a projection."""
+    (T, B, _), (K, _, H) = x.shape, h0.shape
+    if c0 is not None and c0.shape[-1] != H:
+        return None
+    return sequence_choice.launch_for(x.device, mode, B, T, H, x.dtype, K, backward)
+
+
+def _recurrent_kernel(call: Call) -> str:
+    forward = sequence_choice.plan_of_call(call)
+    backward = sequence_choice.plan_of_call(call, backward=True) if call.grad else None
+    if forward is None:
+        return "a Triton kernel and a GEMM per step"
+    return str(forward) if backward is None else f"forward {forward}; backward {backward}"
+
+
 @functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -164,6 +190,13 @@ def _step() -> stepwise.StepKernels:
     from rnnattn.kernels import step_backward, step_forward
 
     return SimpleNamespace(forward=step_forward, backward=step_backward)
+
+
+@functools.cache
+def _sequence() -> sequence.SequenceKernels:
+    from rnnattn.kernels import sequence_backward, sequence_forward
+
+    return SimpleNamespace(forward=sequence_forward, backward=sequence_backward)
 
 
 @functools.cache

@@ -1,0 +1,71 @@
+"""Which plan of the sequence engine a layer takes on the GPU at hand, by that GPU's figures and torch's switches."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+from rnnattn.backends.base import Call
+from rnnattn.backends.sequence import Launch
+from rnnattn.backends.sequence_device import Device, device_of_cuda
+from rnnattn.backends.sequence_plan import Plan, plan
+
+OF_OP = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN_TANH"}  # a cell of the operation; plans know no more of it
+
+
+def plan_for(
+    device: torch.device,
+    mode: str,
+    B: int,
+    T: int,
+    H: int,
+    dtype: torch.dtype,
+    directions: int,
+    backward: bool,
+    projection: int = 0,
+) -> Plan:
+    """The plan of a layer on a CUDA device."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _plan(_device(index), mode, B, T, H, dtype, directions, backward, takes_tf32(), projection)
+
+
+def plan_of_call(call: Call, backward: bool = False) -> Plan | None:
+    """The plan of a layer of the call, on the current device; None where programs are interpreted."""
+    if call.device != "cuda" or not call.recurrent or call.regularised or 0 in (call.B, call.T):
+        return None
+    return plan_for(
+        torch.device("cuda"), OF_OP[call.op], call.B, call.T, call.hidden, call.dtype, call.directions, backward,
+        call.projection,
+    )  # fmt: skip
+
+
+def launch_for(
+    device: torch.device, mode: str, B: int, T: int, H: int, dtype: torch.dtype, directions: int, backward: bool
+) -> Launch | None:
+    """How the sequence kernels are to run a layer; None for step by step, as in the interpreter, where programs run
+    one after the other."""
+    if device.type != "cuda" or 0 in (B, T) or os.environ.get("RNNATTN_SEQUENCE") == "0":
+        return None
+    p = plan_for(device, mode, B, T, H, dtype, directions, backward)
+    if p.tier == "T2":
+        return None
+    return Launch(p.units, p.parts, p.chunk, p.chunks, p.batch_tile, p.warps, p.resident)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of the kernels' products: true fp32, or TF32 where torch's own recurrent layers may take it."""
+    return "tf32" if dtype == torch.float32 and takes_tf32() else "ieee"
+
+
+def takes_tf32() -> bool:
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined,no-any-return]
+
+
+_plan = functools.lru_cache(maxsize=4096)(plan)
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    return device_of_cuda(torch.cuda.get_device_properties(index))
