@@ -34,11 +34,19 @@ def _weights(weights, row, inside, width, first, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _states(states, at, inside, width, first, CHUNK: tl.constexpr):
-    """h^T [CHUNK, BATCH] of rows at these addresses."""
+def _states(states, at, readable, width, first, LAST: tl.constexpr, CHUNK: tl.constexpr):
+    """h^T [CHUNK, BATCH] of rows at these addresses, zero of those that are not readable. (Masks take registers: only
+    the last chunk may reach beyond a row, and readable may be None.)"""
     column = first + tl.arange(0, CHUNK)
-    mask = (column < width)[:, None] & inside[None, :]
-    return load_shared(states + at[None, :] + column[:, None], mask, 0.0)
+    address = states + at[None, :] + column[:, None]
+    if LAST:
+        mask = (column < width)[:, None]
+        if readable is not None:
+            mask = mask & readable[None, :]
+        return load_shared(address, mask, 0.0)
+    if readable is not None:
+        return load_shared(address, tl.broadcast_to(readable[None, :], address.shape), 0.0)
+    return load_shared(address)
 
 
 @triton.jit
@@ -91,7 +99,7 @@ def _forward_kernel(
 
     place = tile * BATCH + tl.arange(0, BATCH)
     present = place < B
-    row = place
+    row = tl.where(present, place, 0)  # what others read of a row that is not there, nobody stores
     if order is not None:
         row = tl.load(order + place, present, 0).to(tl.int32)
     steps = T
@@ -147,18 +155,18 @@ def _forward_kernel(
         if SLICES == 1:
             b = dot(w[0], started.to(states.dtype.element_ty), b, PRECISION)  # type: ignore[misc]
         else:
-            before, readable = tl.where(reverse, t + 2, t), present
+            before, readable = tl.where(reverse, t + 2, t), None
             if lengths is not None and (REVERSE or K == 2):  # backwards a row begins at its own last step
                 before = tl.where(reverse & (t + 1 >= length), first_slot, before)
             if resets is not None:
                 if TO_INITIAL:
                     before = tl.where(anew, first_slot, before)
                 else:
-                    readable = present & (anew == 0)
+                    readable = anew == 0
             at = before.to(tl.int64) * slot + own
             wait(counters, n * SLICES)
             for chunk in tl.static_range(CHUNKS):
-                b = dot(w[chunk], _states(states, at, readable, width, chunk * CHUNK, CHUNK), b, PRECISION)
+                b = dot(w[chunk], _states(states, at, readable, width, chunk * CHUNK, chunk == CHUNKS - 1, CHUNK), b, PRECISION)
         if MODE == "RNN_TANH":
             state = tanh(a + b)
         elif MODE == "RNN_RELU":

@@ -32,8 +32,10 @@ def plan_for(
 
 
 def plan_of_call(call: Call, backward: bool = False) -> Plan | None:
-    """The plan of a layer of the call, on the current device; None where programs are interpreted."""
-    if call.device != "cuda" or not call.recurrent or call.regularised or 0 in (call.B, call.T):
+    """The plan of a layer of the call, on the current device; None where there is none, or programs are interpreted."""
+    if not call.recurrent or call.regularised or 0 in (call.B, call.T):
+        return None
+    if call.device != "cuda" or not torch.cuda.is_available():
         return None
     return plan_for(
         torch.device("cuda"), OF_OP[call.op], call.B, call.T, call.hidden, call.dtype, call.directions, backward,
