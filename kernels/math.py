@@ -50,3 +50,11 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     if INTERPRETED:  # its dot takes the bits of a bf16 for an integer
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def add_dot(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a @ b, in two steps: of products that go on with each other's sums, all but the last are given to warps in
+    rows alone, some of them twice, and with more registers. A mere addition would be made one product again."""
+    part = dot(a, b, tl.zeros_like(acc), PRECISION)
+    return tl.fma(part, tl.full(acc.shape, 1.0, tl.float32), acc)

@@ -28,20 +28,41 @@ def _weights(weights, unit, H, GH, width, first, PARTS: tl.constexpr, CHUNK: tl.
 
 
 @triton.jit
-def _gradients(db, at, inside, GH, first, PARTS: tl.constexpr, CHUNK: tl.constexpr):
-    """db^T [PARTS, CHUNK, BATCH] of rows at these addresses."""
+def _gradients(db, at, GH, first, LAST: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr):
+    """db^T [PARTS, CHUNK, BATCH] of rows at these addresses. (Masks take registers: only the last chunk may reach
+    beyond a row.)"""
     column = first + tl.arange(0, PARTS)[:, None, None] * CHUNK + tl.arange(0, CHUNK)[None, :, None]
-    mask = (column < GH) & inside[None, None, :]
-    return load_shared(db + at[None, None, :] + column, mask, 0.0)
+    if LAST:
+        return load_shared(db + at[None, None, :] + column, column < GH, 0.0)
+    return load_shared(db + at[None, None, :] + column)
 
 
 @triton.jit
-def _product(w, db, at, inside, GH, UNITS: tl.constexpr, BATCH: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
-             CHUNKS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _total(sums, UNITS: tl.constexpr, BATCH: tl.constexpr, PARTS: tl.constexpr):
+    """The sum of the parts [PARTS, UNITS, BATCH] of several warps, a thread for each element: `tl.sum` leaves all of it
+    in every warp, and what is computed with it goes on like that."""
+    total = tl.permute(sums, (1, 2, 0))
+    if PARTS == 8:
+        a, b = tl.split(tl.reshape(total, (UNITS, BATCH, 4, 2)))
+        total = a + b
+    if PARTS >= 4:
+        a, b = tl.split(tl.reshape(total, (UNITS, BATCH, 2, 2)))
+        total = a + b
+    a, b = tl.split(total)
+    return a + b
+
+
+@triton.jit
+def _product(w, db, at, GH, UNITS: tl.constexpr, BATCH: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
+             CHUNKS: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     sums = tl.zeros((PARTS, UNITS, BATCH), tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        sums = dot(w[chunk], _gradients(db, at, inside, GH, chunk * PARTS * CHUNK, PARTS, CHUNK), sums, PRECISION)
-    return tl.sum(sums, 0)
+    loaded = ()
+    for n in tl.static_range(CHUNKS + AHEAD - 1):
+        if n < CHUNKS:
+            loaded += (_gradients(db, at, GH, n * PARTS * CHUNK, n == CHUNKS - 1, PARTS, CHUNK),)  # type: ignore[assignment]
+        if n + 1 >= AHEAD:
+            sums = dot(w[n + 1 - AHEAD], loaded[n + 1 - AHEAD], sums, PRECISION)
+    return _total(sums, UNITS, BATCH, PARTS)
 
 
 @triton.jit
@@ -85,6 +106,7 @@ def _backward_kernel(
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    AHEAD: tl.constexpr,
     BATCH: tl.constexpr,
     SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -97,7 +119,7 @@ def _backward_kernel(
 
     place = tile * BATCH + tl.arange(0, BATCH)
     present = place < B
-    row = place
+    row = tl.where(present, place, 0)  # what others read of a row that is not there, nobody stores
     if order is not None:
         row = tl.load(order + place, present, 0).to(tl.int32)
     steps = T
@@ -165,7 +187,7 @@ def _backward_kernel(
             else:
                 tl.debug_barrier()
             at = after.to(tl.int64) * slot + own
-            d_h += _product(w, db, at, present, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, PRECISION)
+            d_h += _product(w, db, at, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, AHEAD, PRECISION)
             if resets is not None:
                 cut = tl.load(resets + (k * T + after).to(tl.int64) * B + row, present, 0) != 0
                 d_h, dh_initial = _cut(d_h, dh_initial, cut, TO_INITIAL)
@@ -211,7 +233,7 @@ def _backward_kernel(
         else:
             tl.debug_barrier()
         at = last.to(tl.int64) * slot + own
-        around += _product(w, db, at, present, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, PRECISION)
+        around += _product(w, db, at, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, AHEAD, PRECISION)
         if resets is not None:
             cut = tl.load(resets + (k * T + last).to(tl.int64) * B + row, present, 0) != 0
             around, dh_initial = _cut(around, dh_initial, cut, TO_INITIAL)
@@ -250,6 +272,7 @@ def sequence_backward(
     parts: int,
     chunk: int,
     chunks: int,
+    ahead: int,  # chunks of db on their way at once
     batch_tile: int,
     warps: int,
     resident: int,  # groups in one launch
@@ -265,7 +288,7 @@ def sequence_backward(
         _backward_kernel[(min(resident, K * tiles - first) * slices,)](
             dy, dcells, weights, y, h_prev, gates, cells, c0, lengths, order, resets, dh, dc, da,
             da if db is None else db, counters, T, B, H, weights.shape[-1], da.shape[-1], tiles, first, MODE=mode, K=K,
-            REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, PARTS=parts, CHUNK=chunk, CHUNKS=chunks,
+            REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, PARTS=parts, CHUNK=chunk, CHUNKS=chunks, AHEAD=ahead,
             BATCH=batch_tile, SLICES=slices, PRECISION=precision, num_warps=warps, num_stages=1,
             launch_cooperative_grid=slices > 1,
         )  # fmt: skip

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rnnattn.kernels.grid_barrier import arrive, load_shared, wait
-from rnnattn.kernels.math import dot, sigmoid, tanh, uniform
+from rnnattn.kernels.math import add_dot, dot, sigmoid, tanh, uniform
 
 
 @triton.jit
@@ -50,6 +50,14 @@ def _states(states, at, readable, width, first, LAST: tl.constexpr, CHUNK: tl.co
 
 
 @triton.jit
+def _inputs(gates_x, n, steps, reverse, step_length, offsets, inside):
+    """What the input product gave the n-th step, of the last one for those behind it."""
+    n = tl.minimum(n, steps - 1)
+    t = tl.maximum(tl.where(reverse, steps - 1 - n, n), 0)
+    return tl.load(gates_x + t.to(tl.int64) * step_length + offsets, inside, 0.0)
+
+
+@triton.jit
 def _four(tile, UNITS: tl.constexpr, BATCH: tl.constexpr):
     """The blocks of a tile [4 UNITS, BATCH]."""
     even, odd = tl.split(tl.permute(tl.reshape(tile, (2, 2, UNITS, BATCH)), (2, 3, 0, 1)))
@@ -62,8 +70,7 @@ def _four(tile, UNITS: tl.constexpr, BATCH: tl.constexpr):
 def _forward_kernel(
     gates_x,  # [T, B, K GH] fp32
     weights,  # [K, GH, width]
-    bias,  # [K, GH] fp32, or None
-    bias_q,  # [K, H] fp32, or None
+    bias,  # [K, SH] fp32 (RNN: [K, H]), or None
     states,  # in and out [T + 2, B, K, width]
     c0,  # [K, B, H] fp32, or None
     lengths,  # [B] int64, or None
@@ -87,6 +94,7 @@ def _forward_kernel(
     UNITS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    AHEAD: tl.constexpr,
     BATCH: tl.constexpr,
     SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -109,20 +117,24 @@ def _forward_kernel(
 
     unit = first_unit + tl.arange(0, UNITS)
     inside = (unit < H)[:, None] & present[None, :]
-    line = tl.arange(0, BLOCKS * UNITS)  # of the tile of gates
+    # Lines of the tile of gates. A GRU's are r, z, what r is multiplied by (hidden product and its bias) and what is
+    # added to that (input product and its bias), so that one product and one sum serve all four.
+    line = tl.arange(0, BLOCKS * UNITS)
     gate, line_unit = line // UNITS, first_unit + line % UNITS
-    line_there = (line_unit < H) & (gate < GATES)
-    line_inside = line_there[:, None] & present[None, :]
+    line_there = line_unit < H
+    hidden, fed, saved = line_there, line_there, line_there
+    of_input, of_saved = gate, gate
+    if MODE == "GRU":
+        hidden, fed, saved = line_there & (gate < 3), line_there & (gate != 2), line_there & (gate != 3)
+        of_input, of_saved = tl.where(gate == 3, 2, gate), tl.where(gate == 2, 3, gate)
     column = gate * H + line_unit
 
     weights += k * GATES * H * width
     w = ()
     for chunk in tl.static_range(CHUNKS):
-        w += (_weights(weights, column.to(tl.int64), line_there, width, chunk * CHUNK, CHUNK),)  # type: ignore[assignment]
+        w += (_weights(weights, column.to(tl.int64), hidden, width, chunk * CHUNK, CHUNK),)  # type: ignore[assignment]
     if bias is not None:
-        bias_tile = tl.load(bias + k * GATES * H + column, line_there, 0.0)[:, None]
-    if bias_q is not None:
-        bias_q_tile = tl.load(bias_q + k * H + unit, unit < H, 0.0)[:, None]
+        bias_tile = tl.load(bias + k * BLOCKS * H + column, line_there, 0.0)[:, None]
 
     # Offsets in a step take 32 bits, steps 64.
     slot = B.to(tl.int64) * K * width
@@ -137,11 +149,15 @@ def _forward_kernel(
     if counters is not None:
         counters += group
 
+    inputs = B.to(tl.int64) * (K * GATES * H)
+    at_input = ((row * K + k) * (GATES * H))[None, :] + (of_input * H + line_unit)[:, None]
+    fed_there, saved_there = fed[:, None] & present[None, :], saved[:, None] & present[None, :]
+    a_next = _inputs(gates_x, 0, steps, reverse, inputs, at_input, fed_there)
     for n in range(0, steps):
         t = tl.where(reverse, steps - 1 - n, n)
         step = (k * T + t).to(tl.int64) * B  # in [K, T, B]
-        x_t = gates_x + t.to(tl.int64) * B * (K * GATES * H)
-        a = tl.load(x_t + ((row * K + k) * (GATES * H))[None, :] + column[:, None], line_inside, 0.0)
+        a = a_next
+        a_next = _inputs(gates_x, n + 1, steps, reverse, inputs, at_input, fed_there)  # under way for a whole step
         if bias is not None:
             a += bias_tile
         valid = present
@@ -165,15 +181,21 @@ def _forward_kernel(
                     readable = anew == 0
             at = before.to(tl.int64) * slot + own
             wait(counters, n * SLICES)
-            for chunk in tl.static_range(CHUNKS):
-                b = dot(w[chunk], _states(states, at, readable, width, chunk * CHUNK, chunk == CHUNKS - 1, CHUNK), b, PRECISION)
+            loaded = ()
+            for m in tl.static_range(CHUNKS + AHEAD - 1):
+                if m < CHUNKS:
+                    loaded += (_states(states, at, readable, width, m * CHUNK, m == CHUNKS - 1, CHUNK),)  # type: ignore[assignment]
+                if m + 1 >= AHEAD:
+                    b = add_dot(b, w[m + 1 - AHEAD], loaded[m + 1 - AHEAD], PRECISION)
+        # Functions of the gates where the product left them: split, they would be moved and computed several times.
+        activated = a + b
         if MODE == "RNN_TANH":
-            state = tanh(a + b)
+            state = tanh(activated)
         elif MODE == "RNN_RELU":
-            state = tl.where(a + b < 0, 0.0, a + b)  # keeps NaN
+            state = tl.where(activated < 0, 0.0, activated)  # keeps NaN
         elif MODE == "LSTM":
-            x_i, x_f, x_g, x_o = _four(a + b, UNITS, BATCH)
-            s_0, s_1, s_2, s_3 = sigmoid(x_i), sigmoid(x_f), tanh(x_g), sigmoid(x_o)
+            activated = tl.where((gate == 2)[:, None], tanh(activated), sigmoid(activated))
+            s_0, s_1, s_2, s_3 = _four(activated, UNITS, BATCH)
             c_started = c
             if resets is not None:
                 c_started = tl.where(anew[None, :], instead_c, c)
@@ -181,11 +203,8 @@ def _forward_kernel(
             state = s_3 * tanh(c_after)
             c = tl.where(valid[None, :], c_after, c)
         else:
-            a_r, a_z, a_n, _ = _four(a, UNITS, BATCH)
-            b_r, b_z, s_3, _ = _four(b, UNITS, BATCH)
-            if bias_q is not None:
-                s_3 += bias_q_tile
-            s_0, s_1 = sigmoid(a_r + b_r), sigmoid(a_z + b_z)
+            activated = tl.where((gate < 2)[:, None], sigmoid(activated), activated)
+            s_0, s_1, s_3, a_n = _four(activated, UNITS, BATCH)
             s_2 = tanh(a_n + s_0 * s_3)
             state = (1.0 - s_1) * s_2 + s_1 * started
         state = state.to(states.dtype.element_ty)
@@ -195,11 +214,11 @@ def _forward_kernel(
             arrive(counters)
         h = tl.where(valid[None, :], state.to(tl.float32), h)
         if gates is not None:
-            at_gates = gates + step * (4 * H) + (row * (4 * H))[None, :] + unit[:, None]
-            tl.store(at_gates, tl.where(valid[None, :], s_0, 0.0), inside)
-            tl.store(at_gates + H, tl.where(valid[None, :], s_1, 0.0), inside)
-            tl.store(at_gates + 2 * H, tl.where(valid[None, :], s_2, 0.0), inside)
-            tl.store(at_gates + 3 * H, tl.where(valid[None, :], s_3, 0.0), inside)
+            at_gates = gates + step * (4 * H) + (row * (4 * H))[None, :]
+            values = tl.where(valid[None, :], activated, 0.0).to(gates.dtype.element_ty)
+            tl.store(at_gates + (of_saved * H + line_unit)[:, None], values, saved_there)
+            if MODE == "GRU":
+                tl.store(at_gates + 2 * H + unit[:, None], tl.where(valid[None, :], s_2, 0.0), inside)
         if cells is not None:
             tl.store(cells + step * H + (row * H)[None, :] + unit[:, None], c, inside)
     tl.store(h_n + at_state, h.to(h_n.dtype.element_ty), inside)
@@ -212,9 +231,9 @@ def _forward_kernel(
         at_y = states + (t + 1).to(tl.int64) * slot + own[None, :] + unit[:, None]
         tl.store(at_y, tl.zeros((UNITS, BATCH), states.dtype.element_ty), inside)
         if gates is not None:
-            at_gates = gates + step * (4 * H) + (row * (4 * H))[None, :] + (gate * H + line_unit)[:, None]
+            at_gates = gates + step * (4 * H) + (row * (4 * H))[None, :] + column[:, None]
             nothing = tl.zeros((BLOCKS * UNITS, BATCH), gates.dtype.element_ty)
-            tl.store(at_gates, nothing, (line_unit < H)[:, None] & present[None, :])
+            tl.store(at_gates, nothing, line_there[:, None] & present[None, :])
         if cells is not None:
             tl.store(cells + step * H + (row * H)[None, :] + unit[:, None], c, inside)
 
@@ -223,8 +242,7 @@ def sequence_forward(
     mode: str,
     gates_x: Tensor,  # [T, B, K GH] fp32
     weights: Tensor,  # [K, GH, width], zero behind the first H columns
-    bias: Tensor | None,  # [K, GH] fp32
-    bias_q: Tensor | None,  # [K, H] fp32, GRU with biases
+    bias: Tensor | None,  # [K, SH] fp32 (RNN: [K, H]); GRU: of r, of z, b_hn, b_in
     states: Tensor,  # [T + 2, B, K, width], zero likewise; in: h0, forwards in the first slot, backwards in the last
     c0: Tensor | None,  # [K, B, H] fp32, LSTM
     lengths: Tensor | None,  # int64 [B]
@@ -239,6 +257,7 @@ def sequence_forward(
     units: int,
     chunk: int,
     chunks: int,
+    ahead: int,  # chunks of h on their way at once
     batch_tile: int,
     warps: int,
     resident: int,  # groups in one launch
@@ -256,10 +275,10 @@ def sequence_forward(
     counters = None if slices == 1 else torch.zeros(K * tiles, dtype=torch.int32, device=h_n.device)
     for first in range(0, K * tiles, resident):
         _forward_kernel[(min(resident, K * tiles - first) * slices,)](
-            gates_x, weights, bias, bias_q, states, c0, lengths, order, resets, gates, cells, h_n, c_n, counters, T, B,
+            gates_x, weights, bias, states, c0, lengths, order, resets, gates, cells, h_n, c_n, counters, T, B,
             H, width, tiles, first, MODE=mode, K=K, REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, CHUNK=chunk,
-            CHUNKS=chunks, BATCH=batch_tile, SLICES=slices, PRECISION=precision, num_warps=warps, num_stages=1,
-            launch_cooperative_grid=slices > 1,
+            CHUNKS=chunks, AHEAD=ahead, BATCH=batch_tile, SLICES=slices, PRECISION=precision, num_warps=warps,
+            num_stages=1, launch_cooperative_grid=slices > 1,
         )  # fmt: skip
 
 

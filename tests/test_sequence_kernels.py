@@ -37,7 +37,8 @@ def tiles(tier: str, mode: str, H: int, backward: bool) -> Launch:
     whole = max(16, 1 << (H - 1).bit_length())
     units, parts = 16 if tier == "T1" else whole, 2 if backward else 1
     chunk = 16 if backward or tier == "T1" else whole
-    return Launch(units, parts, chunk, -(-columns // (parts * chunk)), 16, 4, 1 if tier == "T1" else 100)
+    chunks = -(-columns // (parts * chunk))
+    return Launch(units, parts, chunk, chunks, min(2, chunks), 16, 4, 1 if tier == "T1" else 100)
 
 
 @pytest.fixture(params=["T0", "T1"])

@@ -31,6 +31,7 @@ class Launch(NamedTuple):
     parts: int  # of the backward's sums side by side
     chunk: int
     chunks: int
+    ahead: int  # chunks of h (db) on their way at once
     batch_tile: int
     warps: int
     resident: int  # groups in one launch
@@ -66,8 +67,7 @@ def layer_forward(
     parts = split_weights(weights, has_biases, K)
     w_ih = torch.cat([w.w_ih for w in parts])
     gates_x = matmul(x.reshape(T * B, I), w_ih.t()).view(T, B, len(w_ih))
-    pairs = [biases(w, cell.shared, H) for w in parts]
-    bias, bias_q = (None if given[0] is None else torch.stack(given).to(acc) for given in zip(*pairs, strict=True))
+    bias = torch.stack([_bias(w, cell.shared, H) for w in parts]).to(acc) if has_biases else None
     w_hh, width = _hidden_weights(parts)
     states = x.new_empty(T + 2, B, K, H) if width == H else x.new_zeros(T + 2, B, K, width)
     for k, reverse in enumerate(reverses):
@@ -77,9 +77,9 @@ def layer_forward(
     h_n, c_n = x.new_empty(K, B, H), None if c0 is None else x.new_empty(K, B, H)
     anew = [scan_resets(resets, reset_to_initial, h0[k], None, lengths, reverse) for k, reverse in enumerate(reverses)]
     kernels.forward(
-        mode, gates_x, w_hh, bias, bias_q, states, None if c0 is None else c0.to(acc).contiguous(), lengths,
+        mode, gates_x, w_hh, bias, states, None if c0 is None else c0.to(acc).contiguous(), lengths,
         _order(lengths), _flags(anew), reset_to_initial, direction == "reverse", gates, cells, h_n, c_n, launch.units,
-        launch.chunk, launch.chunks, launch.batch_tile, launch.warps, launch.resident, precision,
+        launch.chunk, launch.chunks, launch.ahead, launch.batch_tile, launch.warps, launch.resident, precision,
     )  # fmt: skip
     y = states[1 : T + 1, ..., :H].reshape(T, B, K * H)
     return y, h_n, x.new_empty(0) if c_n is None else c_n, gates, cells
@@ -126,7 +126,8 @@ def layer_backward(
         mode, dy, None if dcells is None else dcells.to(acc).contiguous(), _hidden_weights(parts)[0],
         None if cell.saved else y.contiguous(), None if cell.shared else h_prev, gates_k, cells_k, c_full, lengths,
         _order(lengths), _flags(anew), reset_to_initial, direction == "reverse", dh, dc, da, db, launch.units,
-        launch.parts, launch.chunk, launch.chunks, launch.batch_tile, launch.warps, launch.resident, precision,
+        launch.parts, launch.chunk, launch.chunks, launch.ahead, launch.batch_tile, launch.warps, launch.resident,
+        precision,
     )  # fmt: skip
     dx: Tensor | None = None
     dweights: list[Tensor] | None = [] if needs_dweights else None
@@ -149,6 +150,13 @@ def _hidden_weights(parts: list[LayerWeights]) -> tuple[Tensor, int]:
     H = parts[0].w_hh.shape[1]
     width = -(-H // ALIGNED) * ALIGNED
     return F.pad(torch.stack([w.w_hh for w in parts]), (0, width - H)), width
+
+
+def _bias(w: LayerWeights, shared: bool, H: int) -> Tensor:
+    """What is added to both products: a GRU's b_hn and b_in apart."""
+    bias, bias_q = biases(w, shared, H)
+    assert bias is not None
+    return bias if bias_q is None else torch.cat([bias[: 2 * H], bias_q.to(bias.dtype), bias[2 * H :]])
 
 
 def _order(lengths: Tensor | None) -> Tensor | None:
