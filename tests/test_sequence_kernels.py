@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,19 +13,15 @@ import torch
 from cases import F16, F32, SHORT, truth
 from recurrent_cases import RECURRENT_CASES, RecurrentCase
 from tolerances import assert_close
-from torch import Tensor
 
 pytest.importorskip("triton")
 
 import side_by_side
 
-from rnnattn.backends import sequence
+from rnnattn.backends import sequence_choice
 from rnnattn.backends.sequence import Launch
-from rnnattn.backends.triton import Triton
-from rnnattn.kernels import sequence_backward, sequence_forward
 from rnnattn.reference import CELLS
 
-KERNELS = SimpleNamespace(forward=sequence_forward, backward=sequence_backward)
 WIDEST = 100  # H, as numpy is slow
 THOROUGH = os.environ.get("RNNATTN_THOROUGH") == "1"
 
@@ -45,16 +40,10 @@ def tiles(tier: str, mode: str, H: int, backward: bool) -> Launch:
 def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Backend triton runs the sequence kernels."""
 
-    def forward(self: Any, x: Tensor, h0: Tensor, *rest: Any) -> Any:
-        mode = rest[-2]
-        return sequence.layer_forward(KERNELS, tiles(request.param, mode, h0.shape[-1], False), "ieee", x, h0, *rest)
+    def launch_for(device: Any, mode: str, B: int, T: int, H: int, dtype: Any, K: int, backward: bool) -> Launch | None:
+        return tiles(request.param, mode, H, backward) if B and T else None
 
-    def backward(self: Any, dy: Any, dh_n: Any, dc_n: Any, dcells: Any, x: Tensor, h0: Tensor, *rest: Any) -> Any:
-        mode, arguments = rest[10], (dy, dh_n, dc_n, dcells, x, h0, *rest[:13])
-        return sequence.layer_backward(KERNELS, tiles(request.param, mode, h0.shape[-1], True), "ieee", *arguments)
-
-    monkeypatch.setattr(Triton, "recurrent_layer_forward", forward)
-    monkeypatch.setattr(Triton, "recurrent_layer_backward", backward)
+    monkeypatch.setattr(sequence_choice, "launch_for", launch_for)
     with side_by_side.cooperative_launches(timeout=120):
         yield request.param
 

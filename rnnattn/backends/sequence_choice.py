@@ -53,7 +53,7 @@ def launch_for(
     p = plan_for(device, mode, B, T, H, dtype, directions, backward)
     if p.tier == "T2":
         return None
-    return Launch(p.units, p.parts, p.chunk, p.chunks, p.batch_tile, p.warps, p.resident)
+    return Launch(p.units, p.parts, p.chunk, p.chunks, p.ahead, p.batch_tile, p.warps, p.resident)
 
 
 def precision(dtype: torch.dtype) -> str:

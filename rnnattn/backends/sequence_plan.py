@@ -11,7 +11,7 @@ a barrier at every step, so that all of them have to run at the same time, one o
 The model, in microseconds a step:
 
     T0, T1   waves * (latency + product) + exchange
-        latency    T1: store and release, poll, load of h, pointwise; T0: pointwise, a round trip in shared memory
+        latency    T1: store and release, poll, load of h (db) once for every `ahead` chunks, pointwise; T0: pointwise, a round trip in shared memory
         product    its arithmetic at an SM's rate or, if that is more, the reading of its operands from shared memory
         exchange   T1: every program reads its group's h (backward: db), all of them at the bandwidth of L2
         waves      groups that find no room run after the others, in T1 by launches of their own
@@ -59,13 +59,14 @@ class Plan:
     parts: int = 0  # of a chunk, side by side
     chunk: int = 0  # columns of a part
     chunks: int = 0
+    ahead: int = 0  # of them on their way at once
     slices: int = 0  # programs of a group
     batch_tile: int = 0  # rows of a group
     batch_tiles: int = 0  # groups of a direction
     programs: int = 0  # of all waves
     waves: int = 0
     warps: int = 0  # of a program
-    shared: int = 0  # bytes of a program: weights and one chunk of h (db), without the compiler's scratch
+    shared: int = 0  # bytes of a program: weights and what is there of h (db), without the compiler's scratch
 
     def __str__(self) -> str:
         if self.tier == "T2":
@@ -144,7 +145,7 @@ def plan(
     else:
         tier, reason = "T1", f"{best.slices} programs share W_hh for {best.batch_tile} rows"
     return Plan(
-        tier, engine, reason, START_US, best.units, best.parts, best.chunk, best.chunks, best.slices, best.batch_tile,
+        tier, engine, reason, START_US, best.units, best.parts, best.chunk, best.chunks, best.ahead, best.slices, best.batch_tile,
         best.batch_tiles, best.groups * best.slices, _waves(best), best.warps, best.shared,
     )  # fmt: skip
 
@@ -161,7 +162,8 @@ def _missing(device: Device, dtype: torch.dtype, projection: int) -> str | None:
 
 def _engine_us(tiles: Tiles) -> float:
     device, layer = tiles.device, tiles.layer
-    latency = POINTWISE + (ROUND_TRIP if tiles.slices == 1 else RELEASE + POLL + LOAD)
+    turns = -(-tiles.chunks // tiles.ahead)
+    latency = POINTWISE + (ROUND_TRIP if tiles.slices == 1 else RELEASE + POLL + LOAD * turns)
     # W_hh is in shared memory for tensor cores, in registers without.
     read = tiles.exchanged + (tiles.weights if layer.tensor_cores else 0)
     arithmetic = 2 * tiles.weights // layer.dtype.itemsize * tiles.batch_tile / _flops(device, layer)

@@ -3,7 +3,8 @@
 The forward's tile of weights is [M, Kp], M = 4 * units rows (GRU: one block of the four is unused; RNN: M = units), and
 Kp is H in chunks of one power of two; where one program has all units, they are the chunk. The backward multiplies by
 the transpose, dh = W_hh^T db: its tile is [units, Kp], and Kp the GH columns of db in chunks of parts * `chunk`, parts
-that warps multiply side by side. The second operand, h or db, passes through shared memory one chunk at a time.
+that warps multiply side by side. The second operand, h or db, passes through shared memory, `ahead` chunks of it at
+once: all of them where they fit, as each further turn waits for L2 anew.
 """
 
 from __future__ import annotations
@@ -16,32 +17,14 @@ import torch
 from rnnattn.backends.sequence_device import Device
 from rnnattn.reference import CELLS
 
-SMALLEST_CHUNK, MOST_CHUNKS = 64, 6
+SMALLEST_CHUNK, MOST_CHUNKS = 64, 8
+CHUNK_BYTES = 512  # of a row of h: larger ones took more registers
 BACKWARD_CHUNK = 64  # of a part
+MOST_AHEAD = 384  # bytes of a thread on their way
 SCRATCH = 3 << 10  # bytes of shared memory for changes of layout: compiled sketches took none to 4 KB
 MOST_SUMS = 64  # registers of a thread for sums of the product, beside as many for gates, states and addresses;
 MOST_SUMS_OF_PARTS = 32  # of parts of them that are to be added up
 MOST_FMA_OPERANDS = 96  # registers of a thread for both operands, where no tensor cores are used
-
-
-@dataclass(frozen=True)
-class Operand:
-    """How large the second operand of a product may be for its registers not to be spilled, found by compiling."""
-
-    alone: int  # bytes of one row of the largest chunk, where there is one chunk
-    several: int  # the same, where there are several
-    most: int  # bytes of a chunk for all rows
-
-
-# mma.sync takes operands from registers: in 16 bits a chunk of 1024, and one of 512 for 64 rows, spilled (forward on
-# sm_80, backward on sm_80 and sm_90); two of 512 did not. wgmma reads them from shared memory: 1024 compiled well, but
-# (1024, 512) spilled addresses, and three of 512 did not. tcgen05 spilled addresses at 1024 and not at two of 512.
-OPERANDS = {
-    "mma.sync": Operand(alone=1 << 10, several=1 << 10, most=32 << 10),
-    "wgmma": Operand(alone=2 << 10, several=1 << 10, most=64 << 10),
-    "tcgen05": Operand(alone=1 << 10, several=1 << 10, most=32 << 10),
-    "fma": Operand(alone=1 << 10, several=1 << 10, most=32 << 10),
-}
 
 
 @dataclass(frozen=True)
@@ -118,11 +101,7 @@ class Tiles:
             return min(BACKWARD_CHUNK, max(16, 1 << (-(-self.columns // self.parts) - 1).bit_length()))
         if self.slices == 1:
             return self.units
-        operand, itemsize = OPERANDS[self.instruction], self.layer.dtype.itemsize
-        alone, several = operand.alone // itemsize, operand.several // itemsize
-        cut = chunk(self.layer.H, several)
-        whole = 1 << (self.layer.H - 1).bit_length()
-        return whole if cut < whole <= alone and whole <= -(-self.layer.H // cut) * cut else cut
+        return chunk(self.layer.H, CHUNK_BYTES // self.layer.dtype.itemsize)
 
     @functools.cached_property
     def chunks(self) -> int:
@@ -139,8 +118,14 @@ class Tiles:
         return self.parts * self.chunk * self.batch_tile * self.layer.dtype.itemsize
 
     @functools.cached_property
+    def ahead(self) -> int:
+        """Chunks of it in shared memory, or on their way there, at once."""
+        room = (self.device.shared - SCRATCH - self.weights) // self.operand
+        return max(1, min(self.chunks, room, MOST_AHEAD * 32 * self.warps // self.operand))
+
+    @functools.cached_property
     def shared(self) -> int:
-        return self.weights + self.operand
+        return self.weights + self.ahead * self.operand
 
     @functools.cached_property
     def exchanged(self) -> int:
@@ -172,8 +157,6 @@ class Tiles:
         most = MOST_SUMS_OF_PARTS if self.layer.backward else MOST_SUMS
         if self.M * self.parts * self.batch_tile > most * threads:
             return f"the sums of {self.units} units and {self.batch_tile} rows would spill registers"
-        if self.operand > OPERANDS[self.instruction].most:
-            return f"{self.batch_tile} rows of a chunk of {self.chunk} would spill registers ({self.instruction})"
         if not self.layer.tensor_cores and (self.weights + self.operand) // itemsize > MOST_FMA_OPERANDS * threads:
             return f"the operands of {self.units} units, H={self.layer.H} do not fit in registers (no tensor cores)"
         return None
