@@ -6,6 +6,7 @@ it, [UNITS, GH]; the gradients db of the step after travel, and
     dh^T [UNITS, BATCH] = W_hh^T [UNITS, GH] . db^T [GH, BATCH]
 
 Few units and a long sum: PARTS parts of it are multiplied side by side and added up. Equations: step_backward.
+In a stack (`weights_x`) the gradient of y_t is W_ih^T da_t of the layer above, multiplied when its group has arrived.
 """
 
 from __future__ import annotations
@@ -73,11 +74,12 @@ def _cut(d, gathered, anew, GATHERS: tl.constexpr):
     return tl.where(anew[None, :], 0.0, d), gathered
 
 
-@triton.jit(do_not_specialize=["T", "B", "tiles", "first_group"])
+@triton.jit(do_not_specialize=["T", "B", "first_group"])
 def _backward_kernel(
-    dy,  # [T, B, K H], or None
+    dy,  # [T, B, K H], or None; of a stack [T, B, H], the last layer's
     dcells,  # [K, T, B, H] fp32, not read behind lengths, or None
     weights,  # [K, GH, width]
+    weights_x,  # [K - 1, GH, width], W_ih of a stack's further layers, or None
     y,  # [T, B, K H], RNN
     h_prev,  # [K, T, B, H], GRU
     gates,  # [K, T, B, SH], or None
@@ -90,13 +92,12 @@ def _backward_kernel(
     dc,  # in and out [K, B, H] fp32, or None
     da,  # out [T, B, K, row]
     db,  # out [T, B, K, row], GRU; else da
-    counters,  # [K tiles] int32, zero, or None for one slice
+    counters,  # [tiles K] int32, zero, or None where nobody waits
     T,
     B,
     H,
     width,
     row_length,
-    tiles,
     first_group,
     MODE: tl.constexpr,
     K: tl.constexpr,
@@ -114,8 +115,11 @@ def _backward_kernel(
     GATES: tl.constexpr = 4 if MODE == "LSTM" else 3 if MODE == "GRU" else 1
     GH = GATES * H
     group = first_group + tl.program_id(0) // SLICES
-    k, tile, first_unit = group // tiles, group % tiles, tl.program_id(0) % SLICES * UNITS
+    k, tile, first_unit = group % K, group // K, tl.program_id(0) % SLICES * UNITS
+    STACKED: tl.constexpr = weights_x is not None
     reverse = REVERSE | (k == 1)
+    if STACKED:
+        reverse = k < 0
 
     place = tile * BATCH + tl.arange(0, BATCH)
     present = place < B
@@ -133,12 +137,22 @@ def _backward_kernel(
     w = ()
     for chunk in tl.static_range(CHUNKS):
         w += (_weights(weights, unit, H, GH, width, chunk * PARTS * CHUNK, PARTS, CHUNK),)  # type: ignore[assignment]
+    if STACKED:
+        above = k < K - 1
+        weights_x += k.to(tl.int64) * GH * width
+        unit_x = tl.where(above, unit, H)
+        w_x = ()
+        for chunk in tl.static_range(CHUNKS):
+            w_x += (_weights(weights_x, unit_x, H, GH, width, chunk * PARTS * CHUNK, PARTS, CHUNK),)  # type: ignore[assignment]
 
     slot = B.to(tl.int64) * K * row_length  # numbers of one step of da
     own = (row * K + k) * row_length
     at_d = own[None, :] + unit[:, None]
     at_row = (row * H)[None, :] + unit[:, None]  # in a step of [K, T, B, H]
     at_output = ((row * K + k) * H)[None, :] + unit[:, None]  # in one of [T, B, K H]
+    at_dy, dy_length, dy_there = at_output, K * H, inside
+    if STACKED:
+        at_dy, dy_length, dy_there = at_row, H, inside & (above == 0)
     at_state = ((row + k * B) * H)[None, :] + unit[:, None]
     around = tl.load(dh + at_state, inside, 0.0)  # of the state before, what does not pass through the product
     nothing = tl.zeros((UNITS, BATCH), tl.float32)
@@ -160,7 +174,7 @@ def _backward_kernel(
         # What this step reads of the forward, before it waits.
         d_y = nothing
         if dy is not None:
-            d_y = tl.load(dy + t.to(tl.int64) * B * (K * H) + at_output, inside & valid[None, :], 0.0).to(tl.float32)
+            d_y = tl.load(dy + t.to(tl.int64) * B * dy_length + at_dy, dy_there & valid[None, :], 0.0).to(tl.float32)
         if MODE == "RNN_TANH" or MODE == "RNN_RELU":
             state = tl.load(y + t.to(tl.int64) * B * (K * H) + at_output, inside, 0.0).to(tl.float32)
         else:
@@ -180,6 +194,11 @@ def _backward_kernel(
         if MODE == "GRU":
             before = tl.load(h_prev + step * H + at_row, inside, 0.0).to(tl.float32)
 
+        if STACKED:  # noqa: SIM102  (when compiled, the other at run time)
+            if above:
+                wait(counters + 1, (n + 1) * SLICES)
+                at = t.to(tl.int64) * slot + own + row_length
+                d_y += _product(w_x, da, at, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, AHEAD, PRECISION)
         d_h = around
         if n > 0:
             if SLICES > 1:
@@ -224,7 +243,7 @@ def _backward_kernel(
             tl.store(db_t, tl.where(valid[None, :], d_0, 0.0), inside)
             tl.store(db_t + H, tl.where(valid[None, :], d_1, 0.0), inside)
             tl.store(db_t + 2 * H, tl.where(valid[None, :], d_2 * s_0, 0.0), inside)
-        if SLICES > 1:
+        if SLICES > 1 or STACKED:
             arrive(counters)
     if steps > 0:
         last = tl.where(reverse, steps - 1, 0)
@@ -251,9 +270,10 @@ def _backward_kernel(
 
 def sequence_backward(
     mode: str,
-    dy: Tensor | None,  # [T, B, K H]
+    dy: Tensor | None,  # [T, B, K H]; of a stack [T, B, H]
     dcells: Tensor | None,  # [K, T, B, H] fp32, LSTM; not read behind lengths
     weights: Tensor,  # [K, GH, width]
+    weights_x: Tensor | None,  # [K - 1, GH, width], W_ih of layers above the first, where K are layers
     y: Tensor | None,  # [T, B, K H], RNN
     h_prev: Tensor | None,  # [K, T, B, H], what each step started from; GRU
     gates: Tensor | None,  # [K, T, B, SH]
@@ -275,22 +295,23 @@ def sequence_backward(
     ahead: int,  # chunks of db on their way at once
     batch_tile: int,
     warps: int,
-    resident: int,  # groups in one launch
+    resident: int,  # groups in one launch; of a stack whole ones
     precision: str,
 ) -> None:
-    """A layer. All tensors are contiguous."""
+    """A layer, or a stack of them. All tensors are contiguous."""
     (K, B, H), T = dh.shape, len(da)
     if dh.numel() == 0:
         return
     slices, tiles = triton.cdiv(H, units), triton.cdiv(B, batch_tile)
-    counters = None if slices == 1 else torch.zeros(K * tiles, dtype=torch.int32, device=dh.device)
+    together = slices > 1 or weights_x is not None
+    counters = torch.zeros(K * tiles, dtype=torch.int32, device=dh.device) if together else None
     for first in range(0, K * tiles, resident):
         _backward_kernel[(min(resident, K * tiles - first) * slices,)](
-            dy, dcells, weights, y, h_prev, gates, cells, c0, lengths, order, resets, dh, dc, da,
-            da if db is None else db, counters, T, B, H, weights.shape[-1], da.shape[-1], tiles, first, MODE=mode, K=K,
+            dy, dcells, weights, weights_x, y, h_prev, gates, cells, c0, lengths, order, resets, dh, dc, da,
+            da if db is None else db, counters, T, B, H, weights.shape[-1], da.shape[-1], first, MODE=mode, K=K,
             REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, PARTS=parts, CHUNK=chunk, CHUNKS=chunks, AHEAD=ahead,
-            BATCH=batch_tile, SLICES=slices, PRECISION=precision, num_warps=warps, num_stages=1,
-            launch_cooperative_grid=slices > 1,
+            BATCH=batch_tile, SLICES=slices, PRECISION=precision, num_warps=warps, num_stages=1, maxnreg=255,
+            launch_cooperative_grid=together,
         )  # fmt: skip
 
 

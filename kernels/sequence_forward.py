@@ -12,6 +12,9 @@ where one program has all units without leaving the program. Nothing is written 
 Rows of W_hh and of `states` are `width` long, H made a multiple of 16, so that they are read 16 bytes at a time.
 `states` holds y with a slot before and one behind it for the initial states: step t reads slot t, or t + 2 where
 time runs backwards, or the initial slot where a row begins or an episode does.
+
+The K of a launch are directions, or the layers of a stack (`weights_x`): a program then holds the rows of W_ih, too,
+and multiplies y_t of the layer below when its group has arrived, while its own waits: T + K - 1 steps for K layers.
 """
 
 from __future__ import annotations
@@ -50,6 +53,20 @@ def _states(states, at, readable, width, first, LAST: tl.constexpr, CHUNK: tl.co
 
 
 @triton.jit
+def _product(w, states, at, readable, width, M: tl.constexpr, BATCH: tl.constexpr, CHUNK: tl.constexpr,
+             CHUNKS: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """[M, BATCH], what the tiles w give for the states at these addresses."""
+    sums = tl.zeros((M, BATCH), tl.float32)
+    loaded = ()
+    for n in tl.static_range(CHUNKS + AHEAD - 1):
+        if n < CHUNKS:
+            loaded += (_states(states, at, readable, width, n * CHUNK, n == CHUNKS - 1, CHUNK),)  # type: ignore[assignment]
+        if n + 1 >= AHEAD:
+            sums = add_dot(sums, w[n + 1 - AHEAD], loaded[n + 1 - AHEAD], PRECISION)
+    return sums
+
+
+@triton.jit
 def _inputs(gates_x, n, steps, reverse, step_length, offsets, inside):
     """What the input product gave the n-th step, of the last one for those behind it."""
     n = tl.minimum(n, steps - 1)
@@ -66,10 +83,11 @@ def _four(tile, UNITS: tl.constexpr, BATCH: tl.constexpr):
     return first, second, third, fourth
 
 
-@triton.jit(do_not_specialize=["T", "B", "tiles", "first_group"])
+@triton.jit(do_not_specialize=["T", "B", "first_group"])
 def _forward_kernel(
-    gates_x,  # [T, B, K GH] fp32
+    gates_x,  # [T, B, K GH] fp32; of a stack [T, B, GH], the first layer's
     weights,  # [K, GH, width]
+    weights_x,  # [K - 1, GH, width], W_ih of a stack's further layers, or None
     bias,  # [K, SH] fp32 (RNN: [K, H]), or None
     states,  # in and out [T + 2, B, K, width]
     c0,  # [K, B, H] fp32, or None
@@ -80,12 +98,11 @@ def _forward_kernel(
     cells,  # out [K, T, B, H] fp32, or None
     h_n,  # out [K, B, H]
     c_n,  # out [K, B, H], or None
-    counters,  # [K tiles] int32, zero, or None for one slice
+    counters,  # [tiles K] int32, zero, or None where nobody waits
     T,
     B,
     H,
     width,
-    tiles,
     first_group,
     MODE: tl.constexpr,
     K: tl.constexpr,
@@ -102,8 +119,12 @@ def _forward_kernel(
     BLOCKS: tl.constexpr = 1 if MODE == "RNN_TANH" or MODE == "RNN_RELU" else 4
     GATES: tl.constexpr = 3 if MODE == "GRU" else BLOCKS
     group = first_group + tl.program_id(0) // SLICES
-    k, tile, first_unit = group // tiles, group % tiles, tl.program_id(0) % SLICES * UNITS
+    k, tile, first_unit = group % K, group // K, tl.program_id(0) % SLICES * UNITS
+    STACKED: tl.constexpr = weights_x is not None
+    K_X: tl.constexpr = 1 if STACKED else K  # that gates_x has
     reverse = REVERSE | (k == 1)
+    if STACKED:
+        reverse = k < 0
 
     place = tile * BATCH + tl.arange(0, BATCH)
     present = place < B
@@ -133,6 +154,12 @@ def _forward_kernel(
     w = ()
     for chunk in tl.static_range(CHUNKS):
         w += (_weights(weights, column.to(tl.int64), hidden, width, chunk * CHUNK, CHUNK),)  # type: ignore[assignment]
+    if STACKED:
+        weights_x += (k - 1) * GATES * H * width
+        line_x, there_x = (of_input * H + line_unit).to(tl.int64), fed & (k > 0)
+        w_x = ()
+        for chunk in tl.static_range(CHUNKS):
+            w_x += (_weights(weights_x, line_x, there_x, width, chunk * CHUNK, CHUNK),)  # type: ignore[assignment]
     if bias is not None:
         bias_tile = tl.load(bias + k * BLOCKS * H + column, line_there, 0.0)[:, None]
 
@@ -149,9 +176,11 @@ def _forward_kernel(
     if counters is not None:
         counters += group
 
-    inputs = B.to(tl.int64) * (K * GATES * H)
-    at_input = ((row * K + k) * (GATES * H))[None, :] + (of_input * H + line_unit)[:, None]
+    inputs = B.to(tl.int64) * (K_X * GATES * H)
+    at_input = ((row * K_X + k) * (GATES * H))[None, :] + (of_input * H + line_unit)[:, None]
     fed_there, saved_there = fed[:, None] & present[None, :], saved[:, None] & present[None, :]
+    if STACKED:
+        fed_there = fed_there & (k == 0)
     a_next = _inputs(gates_x, 0, steps, reverse, inputs, at_input, fed_there)
     for n in range(0, steps):
         t = tl.where(reverse, steps - 1 - n, n)
@@ -167,12 +196,19 @@ def _forward_kernel(
         if resets is not None:
             anew = tl.load(resets + step + row, present, 0) != 0
             started = tl.where(anew[None, :], instead_h, h)
-        b = tl.zeros((BLOCKS * UNITS, BATCH), tl.float32)
+        if STACKED:  # noqa: SIM102  (when compiled, the other at run time)
+            if k > 0:
+                wait(counters - 1, (n + 1) * SLICES)
+                at = (t + 1).to(tl.int64) * slot + own - width
+                a += _product(w_x, states, at, None, width, BLOCKS * UNITS, BATCH, CHUNK, CHUNKS, AHEAD, PRECISION)
         if SLICES == 1:
+            b = tl.zeros((BLOCKS * UNITS, BATCH), tl.float32)
             b = dot(w[0], started.to(states.dtype.element_ty), b, PRECISION)  # type: ignore[misc]
         else:
             before, readable = tl.where(reverse, t + 2, t), None
-            if lengths is not None and (REVERSE or K == 2):  # backwards a row begins at its own last step
+            if (
+                lengths is not None and not STACKED and (REVERSE or K == 2)
+            ):  # backwards a row begins at its own last step
                 before = tl.where(reverse & (t + 1 >= length), first_slot, before)
             if resets is not None:
                 if TO_INITIAL:
@@ -181,12 +217,7 @@ def _forward_kernel(
                     readable = anew == 0
             at = before.to(tl.int64) * slot + own
             wait(counters, n * SLICES)
-            loaded = ()
-            for m in tl.static_range(CHUNKS + AHEAD - 1):
-                if m < CHUNKS:
-                    loaded += (_states(states, at, readable, width, m * CHUNK, m == CHUNKS - 1, CHUNK),)  # type: ignore[assignment]
-                if m + 1 >= AHEAD:
-                    b = add_dot(b, w[m + 1 - AHEAD], loaded[m + 1 - AHEAD], PRECISION)
+            b = _product(w, states, at, readable, width, BLOCKS * UNITS, BATCH, CHUNK, CHUNKS, AHEAD, PRECISION)
         # Functions of the gates where the product left them: split, they would be moved and computed several times.
         activated = a + b
         if MODE == "RNN_TANH":
@@ -210,7 +241,7 @@ def _forward_kernel(
         state = state.to(states.dtype.element_ty)
         at_y = states + (t + 1).to(tl.int64) * slot + own[None, :] + unit[:, None]
         tl.store(at_y, tl.where(valid[None, :], state, 0.0), inside)
-        if SLICES > 1:
+        if SLICES > 1 or STACKED:
             arrive(counters)
         h = tl.where(valid[None, :], state.to(tl.float32), h)
         if gates is not None:
@@ -240,8 +271,9 @@ def _forward_kernel(
 
 def sequence_forward(
     mode: str,
-    gates_x: Tensor,  # [T, B, K GH] fp32
+    gates_x: Tensor,  # [T, B, K GH] fp32; of a stack [T, B, GH]
     weights: Tensor,  # [K, GH, width], zero behind the first H columns
+    weights_x: Tensor | None,  # [K - 1, GH, width], likewise: W_ih of layers above the first, where K are layers
     bias: Tensor | None,  # [K, SH] fp32 (RNN: [K, H]); GRU: of r, of z, b_hn, b_in
     states: Tensor,  # [T + 2, B, K, width], zero likewise; in: h0, forwards in the first slot, backwards in the last
     c0: Tensor | None,  # [K, B, H] fp32, LSTM
@@ -260,10 +292,10 @@ def sequence_forward(
     ahead: int,  # chunks of h on their way at once
     batch_tile: int,
     warps: int,
-    resident: int,  # groups in one launch
+    resident: int,  # groups in one launch; of a stack whole ones
     precision: str,
 ) -> None:
-    """A layer. All tensors are contiguous.
+    """A layer, or a stack of them. All tensors are contiguous.
 
     At steps behind a row's length y and gates are zero, cells what the row has there, and its h_n and c_n those of its
     own end.
@@ -272,13 +304,14 @@ def sequence_forward(
     if h_n.numel() == 0:
         return
     slices, tiles = triton.cdiv(H, units), triton.cdiv(B, batch_tile)
-    counters = None if slices == 1 else torch.zeros(K * tiles, dtype=torch.int32, device=h_n.device)
+    together = slices > 1 or weights_x is not None
+    counters = torch.zeros(K * tiles, dtype=torch.int32, device=h_n.device) if together else None
     for first in range(0, K * tiles, resident):
         _forward_kernel[(min(resident, K * tiles - first) * slices,)](
-            gates_x, weights, bias, states, c0, lengths, order, resets, gates, cells, h_n, c_n, counters, T, B,
-            H, width, tiles, first, MODE=mode, K=K, REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, CHUNK=chunk,
+            gates_x, weights, weights_x, bias, states, c0, lengths, order, resets, gates, cells, h_n, c_n, counters, T,
+            B, H, width, first, MODE=mode, K=K, REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, CHUNK=chunk,
             CHUNKS=chunks, AHEAD=ahead, BATCH=batch_tile, SLICES=slices, PRECISION=precision, num_warps=warps,
-            num_stages=1, launch_cooperative_grid=slices > 1,
+            num_stages=1, maxnreg=255, launch_cooperative_grid=together,
         )  # fmt: skip
 
 

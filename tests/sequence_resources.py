@@ -93,15 +93,15 @@ def launch(
     w, of_lstm = new(K, GH, width), sums if lstm else None
     if kernel == "forward":
         sequence_forward(
-            mode, new(T, B, K * GH, dtype=wide), w, new(K, 4 * H, dtype=wide), new(T + 2, B, K, width), of_lstm,
+            mode, new(T, B, K * GH, dtype=wide), w, None, new(K, 4 * H, dtype=wide), new(T + 2, B, K, width), of_lstm,
             rows, rows, resets, True, False, gates, cells, states,
             states if lstm else None, p.units, p.chunk, p.chunks, p.ahead, p.batch_tile, p.warps, p.resident, precision,
         )  # fmt: skip
         return
     y, da = new(T, B, K * H), new(T, B, K, -(-GH // 16) * 16)
     sequence_backward(
-        mode, y, None, w, None if cell.saved else y, None if cell.shared else new(K, T, B, H), gates, cells, of_lstm,
-        rows, rows, resets, True, False, sums, of_lstm, da, None if cell.shared else da, p.units, p.parts, p.chunk,
+        mode, y, None, w, None, None if cell.saved else y, None if cell.shared else new(K, T, B, H), gates, cells,
+        of_lstm, rows, rows, resets, True, False, sums, of_lstm, da, None if cell.shared else da, p.units, p.parts, p.chunk,
         p.chunks, p.ahead, p.batch_tile, p.warps, p.resident, precision,
     )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""A recurrent layer in one launch of a sequence kernel each way, for any cell without a projection."""
+"""A recurrent layer, or a stack of them, in one launch of a sequence kernel each way, for any cell without a
+projection."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from rnnattn.reference import (
     split_weights,
 )
 
+STACK = "stack"  # in the place of a direction: layers on each other, all of them forwards
 ALIGNED = 16  # numbers of a row that the kernels read at once
 
 
@@ -61,14 +63,17 @@ def layer_forward(
     mode: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`rnnattn.reference.recurrent_layer_forward`."""
-    cell, reverses = CELLS[mode], DIRECTIONS[direction]
+    """`rnnattn.reference.recurrent_layer_forward`. With "stack" for a direction the K of h0, c0, weights and results
+    are layers, and y [T, B, K H] has the outputs of all of them."""
+    cell, stacked = CELLS[mode], direction == STACK
     (T, B, I), (K, _, H), acc = x.shape, h0.shape, accumulation_dtype(x.dtype)
+    reverses = _reverses(direction, K)
     parts = split_weights(weights, has_biases, K)
-    w_ih = torch.cat([w.w_ih for w in parts])
+    w_ih = parts[0].w_ih if stacked else torch.cat([w.w_ih for w in parts])
     gates_x = matmul(x.reshape(T * B, I), w_ih.t()).view(T, B, len(w_ih))
     bias = torch.stack([_bias(w, cell.shared, H) for w in parts]).to(acc) if has_biases else None
-    w_hh, width = _hidden_weights(parts)
+    w_hh, width = _padded([w.w_hh for w in parts])
+    w_x = _padded([w.w_ih for w in parts[1:]])[0] if stacked else None
     states = x.new_empty(T + 2, B, K, H) if width == H else x.new_zeros(T + 2, B, K, width)
     for k, reverse in enumerate(reverses):
         states[T + 1 if reverse else 0, :, k, :H] = h0[k]
@@ -77,8 +82,8 @@ def layer_forward(
     h_n, c_n = x.new_empty(K, B, H), None if c0 is None else x.new_empty(K, B, H)
     anew = [scan_resets(resets, reset_to_initial, h0[k], None, lengths, reverse) for k, reverse in enumerate(reverses)]
     kernels.forward(
-        mode, gates_x, w_hh, bias, states, None if c0 is None else c0.to(acc).contiguous(), lengths,
-        _order(lengths), _flags(anew), reset_to_initial, direction == "reverse", gates, cells, h_n, c_n, launch.units,
+        mode, gates_x, w_hh, w_x, bias, states, None if c0 is None else c0.to(acc).contiguous(), lengths,
+        _order(lengths), _flags(anew), reset_to_initial, reverses == (True,), gates, cells, h_n, c_n, launch.units,
         launch.chunk, launch.chunks, launch.ahead, launch.batch_tile, launch.warps, launch.resident, precision,
     )  # fmt: skip
     y = states[1 : T + 1, ..., :H].reshape(T, B, K * H)
@@ -109,13 +114,14 @@ def layer_backward(
     needs_dx: bool,
     needs_dweights: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor] | None]:
-    """`rnnattn.reference.recurrent_layer_backward`."""
-    cell, reverses = CELLS[mode], DIRECTIONS[direction]
+    """`rnnattn.reference.recurrent_layer_backward`. Of a "stack" y is that of `layer_forward`, dy [T, B, H]."""
+    cell, stacked = CELLS[mode], direction == STACK
     (T, B, I), (K, _, H), acc = x.shape, h0.shape, accumulation_dtype(x.dtype)
+    reverses = _reverses(direction, K)
     parts = split_weights(weights, has_biases, K)
-    GH = cell.blocks * H
+    GH, outputs = cell.blocks * H, y.chunk(K, -1)
     anew = [scan_resets(resets, reset_to_initial, h0[k], None, lengths, reverse) for k, reverse in enumerate(reverses)]
-    each = zip(y.chunk(K, -1), h0, anew, reverses, strict=True)
+    each = zip(outputs, h0, anew, reverses, strict=True)
     h_prev = torch.stack([started_from(y_k, h0_k, lengths, reset, reverse) for y_k, h0_k, reset, reverse in each])
     dy, gates_k, cells_k = contiguous(dy, gates if cell.saved else None, cells if cell.has_c else None)
     c_full = None if c0 is None else c0.to(acc).contiguous()
@@ -123,33 +129,37 @@ def layer_backward(
     da = x.new_empty(T, B, K, -(-GH // ALIGNED) * ALIGNED)
     db = None if cell.shared else torch.empty_like(da)
     kernels.backward(
-        mode, dy, None if dcells is None else dcells.to(acc).contiguous(), _hidden_weights(parts)[0],
-        None if cell.saved else y.contiguous(), None if cell.shared else h_prev, gates_k, cells_k, c_full, lengths,
-        _order(lengths), _flags(anew), reset_to_initial, direction == "reverse", dh, dc, da, db, launch.units,
-        launch.parts, launch.chunk, launch.chunks, launch.ahead, launch.batch_tile, launch.warps, launch.resident,
-        precision,
+        mode, dy, None if dcells is None else dcells.to(acc).contiguous(), _padded([w.w_hh for w in parts])[0],
+        _padded([w.w_ih for w in parts[1:]])[0] if stacked else None, None if cell.saved else y.contiguous(),
+        None if cell.shared else h_prev, gates_k, cells_k, c_full, lengths, _order(lengths), _flags(anew),
+        reset_to_initial, reverses == (True,), dh, dc, da, db, launch.units, launch.parts, launch.chunk, launch.chunks,
+        launch.ahead, launch.batch_tile, launch.warps, launch.resident, precision,
     )  # fmt: skip
     dx: Tensor | None = None
     dweights: list[Tensor] | None = [] if needs_dweights else None
     for k, w in enumerate(parts):
         da_k, db_k = da[:, :, k, :GH], None if db is None else db[:, :, k, :GH]
-        if needs_dx:
+        if needs_dx and not (stacked and k):
             part = matmul(da_k.reshape(T * B, GH), w.w_ih)
             dx = part if dx is None else dx.add_(part)
         if dweights is not None:
             dweights += layer_gradients(
-                da_k, db_k, None, x, h_prev[k], gates[k] if cell.saved else None, cells[k] if cell.has_c else None, w,
-                lengths,
+                da_k, db_k, None, outputs[k - 1] if stacked and k else x, h_prev[k], gates[k] if cell.saved else None,
+                cells[k] if cell.has_c else None, w, lengths,
             )  # fmt: skip
     dx = None if dx is None else dx.view(T, B, I).to(x.dtype)
     return dx, dh.to(x.dtype), x.new_empty(0) if dc is None else dc.to(x.dtype), dweights
 
 
-def _hidden_weights(parts: list[LayerWeights]) -> tuple[Tensor, int]:
-    """W_hh of all directions [K, GH, width], and width: H made a multiple of what the kernels read at once."""
-    H = parts[0].w_hh.shape[1]
+def _reverses(direction: str, K: int) -> tuple[bool, ...]:
+    return (False,) * K if direction == STACK else DIRECTIONS[direction]
+
+
+def _padded(weights: list[Tensor]) -> tuple[Tensor, int]:
+    """[len, GH, width] of matrices [GH, H], and width: H made a multiple of what the kernels read at once."""
+    H = weights[0].shape[1]
     width = -(-H // ALIGNED) * ALIGNED
-    return F.pad(torch.stack([w.w_hh for w in parts]), (0, width - H)), width
+    return F.pad(torch.stack(weights), (0, width - H)), width
 
 
 def _bias(w: LayerWeights, shared: bool, H: int) -> Tensor:

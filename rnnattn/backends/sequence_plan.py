@@ -35,7 +35,7 @@ from rnnattn.backends.sequence_device import Device
 from rnnattn.backends.sequence_tiles import Layer, Tiles
 
 BATCH_TILES = (16, 32, 64)
-UNITS = (16, 32, 64, 128, 256)
+UNITS = (8, 16, 32, 64, 128, 256)
 OLDEST = 80  # compute capability
 
 # Cycles: estimates, not yet measured.
@@ -145,8 +145,8 @@ def plan(
     else:
         tier, reason = "T1", f"{best.slices} programs share W_hh for {best.batch_tile} rows"
     return Plan(
-        tier, engine, reason, START_US, best.units, best.parts, best.chunk, best.chunks, best.ahead, best.slices, best.batch_tile,
-        best.batch_tiles, best.groups * best.slices, _waves(best), best.warps, best.shared,
+        tier, engine, reason, START_US, best.units, best.parts, best.chunk, best.chunks, best.ahead, best.slices,
+        best.batch_tile, best.batch_tiles, best.groups * best.slices, _waves(best), best.warps, best.shared,
     )  # fmt: skip
 
 
@@ -164,8 +164,7 @@ def _engine_us(tiles: Tiles) -> float:
     device, layer = tiles.device, tiles.layer
     turns = -(-tiles.chunks // tiles.ahead)
     latency = POINTWISE + (ROUND_TRIP if tiles.slices == 1 else RELEASE + POLL + LOAD * turns)
-    # W_hh is in shared memory for tensor cores, in registers without.
-    read = tiles.exchanged + (tiles.weights if layer.tensor_cores else 0)
+    read = tiles.exchanged + tiles.weights
     arithmetic = 2 * tiles.weights // layer.dtype.itemsize * tiles.batch_tile / _flops(device, layer)
     cycles = _waves(tiles) * (latency + max(arithmetic, read / SHARED_BYTES))
     exchange = tiles.groups * tiles.slices * tiles.exchanged if tiles.slices > 1 else 0

@@ -17,14 +17,12 @@ import torch
 from rnnattn.backends.sequence_device import Device
 from rnnattn.reference import CELLS
 
-SMALLEST_CHUNK, MOST_CHUNKS = 64, 8
-CHUNK_BYTES = 512  # of a row of h: larger ones took more registers
+CHUNK_BYTES = 512  # of a row of h: larger chunks took more registers
+FMA_CHUNK, MOST_FMA_CHUNKS = 32, 32  # without tensor cores: columns of a chunk, which passes through registers
 BACKWARD_CHUNK = 64  # of a part
-MOST_AHEAD = 384  # bytes of a thread on their way
+SMALLEST_CHUNK, MOST_CHUNKS = 64, 8
 SCRATCH = 3 << 10  # bytes of shared memory for changes of layout: compiled sketches took none to 4 KB
-MOST_SUMS = 64  # registers of a thread for sums of the product, beside as many for gates, states and addresses;
-MOST_SUMS_OF_PARTS = 32  # of parts of them that are to be added up
-MOST_FMA_OPERANDS = 96  # registers of a thread for both operands, where no tensor cores are used
+MOST_UNDERWAY = 96  # registers of a thread for what is on its way
 
 
 @dataclass(frozen=True)
@@ -96,12 +94,18 @@ class Tiles:
 
     @functools.cached_property
     def chunk(self) -> int:
-        """Columns of a chunk, or of a part of it."""
+        """Columns of a chunk, or of a part of it: larger ones where not all would fit at once, as there are fewer."""
+        widest = CHUNK_BYTES // self.layer.dtype.itemsize if self.layer.tensor_cores else FMA_CHUNK
         if self.layer.backward:
-            return min(BACKWARD_CHUNK, max(16, 1 << (-(-self.columns // self.parts) - 1).bit_length()))
+            widest = min(BACKWARD_CHUNK, widest)
+            return min(widest, max(16, 1 << (-(-self.columns // self.parts) - 1).bit_length()))
         if self.slices == 1:
             return self.units
-        return chunk(self.layer.H, CHUNK_BYTES // self.layer.dtype.itemsize)
+        if not self.layer.tensor_cores:
+            return chunk(self.layer.H, FMA_CHUNK, MOST_FMA_CHUNKS)
+        size = chunk(self.layer.H, widest)
+        all_of_it = -(-self.layer.H // size) * size * (self.M + self.batch_tile) * self.layer.dtype.itemsize
+        return size if all_of_it + SCRATCH <= self.device.shared else chunk(self.layer.H, 2 * widest)
 
     @functools.cached_property
     def chunks(self) -> int:
@@ -121,7 +125,17 @@ class Tiles:
     def ahead(self) -> int:
         """Chunks of it in shared memory, or on their way there, at once."""
         room = (self.device.shared - SCRATCH - self.weights) // self.operand
-        return max(1, min(self.chunks, room, MOST_AHEAD * 32 * self.warps // self.operand))
+        return max(1, min(self.chunks, room, MOST_UNDERWAY * 4 * self.threads // self.operand))
+
+    @functools.cached_property
+    def underway(self) -> float:
+        """Registers of a thread for what is on its way."""
+        return self.ahead * self.operand / 4 / self.threads
+
+    @functools.cached_property
+    def sums(self) -> float:
+        """Registers of a thread for the product."""
+        return self.M * self.parts * self.batch_tile / self.threads
 
     @functools.cached_property
     def shared(self) -> int:
@@ -134,19 +148,23 @@ class Tiles:
 
     @functools.cached_property
     def warps(self) -> int:
-        """Eight where four were seen to spill: for many sums, a large tile to load, many rows; and without tensor
-        cores."""
-        tile = self.M * self.columns * self.layer.dtype.itemsize
-        few = self.M * self.batch_tile <= 4096 and tile <= 64 << 10 and self.batch_tile * self.columns <= 16 << 10
+        """Four for small tiles, where a thread then holds twice as much; eight for others and without tensor cores."""
+        tile = self.row_blocks * self.units * self.batch_tile
+        few = tile <= 2048 and self.layer.H * self.batch_tile * self.layer.dtype.itemsize <= 16 << 10
+        if not self.layer.backward:
+            operand = self.layer.H * self.batch_tile * self.layer.dtype.itemsize
+            few = 3 * self.M * self.batch_tile / 128 + operand / 512 <= 56
         return 4 if few and self.layer.tensor_cores else 8
+
+    @functools.cached_property
+    def threads(self) -> int:
+        return 32 * self.warps
 
     def objection(self) -> str | None:
         """Why this does not fit, or None."""
-        device, threads, itemsize = self.device, self.warps * 32, self.layer.dtype.itemsize
-        if not self.layer.backward and self.chunks > MOST_CHUNKS:
-            return f"{MOST_CHUNKS} chunks of {self.chunk} (larger ones spill registers) do not cover H={self.layer.H}"
-        if self.units >= 2 * max(self.layer.H, 16):
-            return f"{self.units} units are too many for H={self.layer.H}"
+        device, H = self.device, self.layer.H
+        if self.units >= 2 * max(H, 8):
+            return f"{self.units} units are too many for H={H}"
         if (wanted := self.shared + SCRATCH) > device.shared:
             there = f"{device.name} gives {device.shared >> 10}"
             return f"a program of {self.units} units wants {wanted >> 10} KB of shared memory, {there}"
@@ -154,19 +172,32 @@ class Tiles:
             return (
                 f"{self.slices} programs of {self.units} units wait for each other, {device.name} has {device.sms} SMs"
             )
-        most = MOST_SUMS_OF_PARTS if self.layer.backward else MOST_SUMS
-        if self.M * self.parts * self.batch_tile > most * threads:
-            return f"the sums of {self.units} units and {self.batch_tile} rows would spill registers"
-        if not self.layer.tensor_cores and (self.weights + self.operand) // itemsize > MOST_FMA_OPERANDS * threads:
-            return f"the operands of {self.units} units, H={self.layer.H} do not fit in registers (no tensor cores)"
+        if self.spills:
+            return f"{self.units} units and {self.batch_tile} rows would spill registers"
         return None
 
+    @property
+    def spills(self) -> bool:
+        """Whether registers would not do, by what was compiled (benchmarks/results/sequence-kernels-*.csv)."""
+        dtype, H = self.layer.dtype, self.layer.H
+        if self.layer.backward:
+            most_chunks = 8 if dtype.itemsize == 2 else 2
+            wide = self.batch_tile > 32 or (self.batch_tile == 32 and self.chunks > most_chunks)
+            return wide or self.sums > (8 if H % 16 or not self.layer.tensor_cores else 32)
+        if self.chunks > self.ahead and (dtype.itemsize > 2 or self.ahead == 1 or self.batch_tile > 16):
+            return True
+        if self.instruction == "fma":
+            return self.sums > 4
+        if self.M == 32 and self.layer.blocks > 1 and self.batch_tile > 16:
+            return True
+        return 3 * self.sums + self.underway > (104 if dtype.itemsize == 2 else 72)
 
-def chunk(H: int, largest: int) -> int:
-    """The power of two, none below 64 unless H is, whose multiples cover H with the least to spare; of equals the
-    largest."""
-    if H < SMALLEST_CHUNK:
+
+def chunk(H: int, largest: int, most: int = MOST_CHUNKS) -> int:
+    """The power of two, none below 64 unless H or the largest is, whose multiples cover H with the least to spare; of
+    equals the largest."""
+    if H < min(largest, SMALLEST_CHUNK):
         return max(16, 1 << (H - 1).bit_length())
-    sizes = [largest >> n for n in range(largest.bit_length()) if largest >> n >= SMALLEST_CHUNK]
-    sizes = [size for size in sizes if -(-H // size) <= MOST_CHUNKS] or sizes[:1]
+    sizes = [largest >> n for n in range(largest.bit_length()) if largest >> n >= min(largest, SMALLEST_CHUNK)]
+    sizes = [size for size in sizes if -(-H // size) <= most] or sizes[:1]
     return min(sizes, key=lambda size: -(-H // size) * size)
