@@ -17,7 +17,7 @@ from benchmarks import ceilings, compiling, digits, environment, gpu_peers, plot
 from benchmarks.cases import DTYPES, GATES, GPU_SUITES, SUITES, Case, PoolCase, StepCase, name
 from benchmarks.experiments import experiment, switches
 from benchmarks.extras import optional
-from benchmarks.measure import measure
+from benchmarks.measure import failed_by, measure
 from benchmarks.render import render
 from benchmarks.results import NO_ROOM, Results, Row, Run, earlier, left_out, merged, write
 from benchmarks.streaming import supported
@@ -141,15 +141,12 @@ def _measure(
     options: argparse.Namespace,
     progress: Any,
 ) -> Iterator[None]:
-    """Adds everything there is to measure to `new`; yields after the model and after every case."""
+    """Adds everything there is to measure to `new`; yields after every case and, last, after the model."""
     task = progress.add_task("", total=(1 + len(backends)) * with_digits + sum(len(case.modes) for case in cases))
 
     def advance(stage: str) -> None:
         progress.update(task, advance=1, description=stage)
 
-    if with_digits:
-        new.model.extend(digits.measure(backends, device, options.epochs, options.seconds, advance))
-        yield
     for case in cases:
         progress.update(task, description=name(case))
         for mode, found in _rows(case, backends, device, options.seconds):
@@ -157,6 +154,9 @@ def _measure(
             advance(f"{name(case)} {mode}")
         yield
         _check(case, device)
+    if with_digits:
+        new.model.extend(digits.measure(backends, device, options.epochs, options.seconds, advance))
+        yield
 
 
 def _rows(
@@ -174,10 +174,10 @@ def _rows(
                     yield mode, found
     except torch.OutOfMemoryError:
         note = f"{NO_ROOM} (about {room.bytes_needed(case) / 1e9:.0f} GB by an estimate that was too low)"
-    except RuntimeError as error:
+    except Exception as error:
         if device.type == "cpu":
             raise
-        note, failed = f"failed: {str(error).partition(chr(10))[0]}", True  # the next case may do better
+        note, failed = failed_by(error), True  # the next case may do better
     for mode in waiting:
         yield mode, [left_out((case.op, case.shape, case.dtype, mode), note, failed)]
 

@@ -46,7 +46,10 @@ def shortened(case: Case) -> Case:
 
 def _compiled(work: tuple[Case, str, tuple[str, ...]]) -> str:
     case, device, backends = work
-    failures = compile_case(case, torch.device(device), backends)
+    try:
+        failures = compile_case(case, torch.device(device), backends)
+    except Exception as error:  # of the case itself, such as a lack of memory beside the other processes
+        return f"not compiled {name(case)}: {error}"
     return "; ".join([f"compiled {name(case)}", *failures])
 
 

@@ -129,7 +129,7 @@ def _ours(experiment: Experiment, mode: str, backends: Sequence[str], truth: lis
             with rnnattn.use_backend(name):
                 decisions = rnnattn.explain(experiment.ours)
         except Exception as error:  # a crash of one case must not lose the results of the others
-            failure = f"unsupported: {error}" if isinstance(error, rnnattn.BackendError) else _failed(error)
+            failure = f"unsupported: {error}" if isinstance(error, rnnattn.BackendError) else failed_by(error)
             entries.append(_Entry(name, name, "", None, failure=failure))
             continue
         ran = (decisions[0].backend, decisions[0].kernel) if decisions else UNRECORDED
@@ -152,7 +152,7 @@ def _peer(peer: Peer, experiment: Experiment, mode: str, truth: list[Tensor]) ->
         with peer.context():
             kernel = peer.kernel()
     except Exception as error:
-        return _Entry(peer.name, "", "", None, failure=_failed(error), informational=peer.informational)
+        return _Entry(peer.name, "", "", None, failure=failed_by(error), informational=peer.informational)
     contender = Contender(call(peer.forward, experiment, mode), peer.context, experiment.operations, peer.settle)
     entry = _Entry(peer.name, "", kernel, contender, prepared=peer.prepared, informational=peer.informational)
     return _checked(entry, truth, experiment.dy.device, peer.seen)
@@ -187,7 +187,7 @@ def _checked(
                 synchronize(device)
                 seconds = time.perf_counter() - start
     except Exception as error:
-        return replace(entry, contender=None, failure=_failed(error))
+        return replace(entry, contender=None, failure=failed_by(error))
     assert isinstance(results, list)
     results[0] = seen(results[0])
     return replace(entry, error=max(map(relative_error, results, truth)), seconds=seconds)
@@ -295,6 +295,7 @@ def _wrong(entry: _Entry) -> bool:
     return entry.error is not None and entry.error > WRONG
 
 
-def _failed(error: Exception) -> str:
+def failed_by(error: Exception) -> str:
+    """What a row notes of an error that it did not survive."""
     message = str(error).strip()
     return f"failed: {type(error).__name__}: {message.splitlines()[0] if message else ''}"

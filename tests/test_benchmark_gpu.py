@@ -290,6 +290,8 @@ def test_kernels_are_compiled_by_short_runs_of_every_implementation(monkeypatch:
     monkeypatch.setattr(compiling, "experiment", lambda case, device: replace(made, peers=[peer]))
     compiling.compile_case(case, CPU, [])
     assert ran == ["other"] * len(case.modes)
+    monkeypatch.setattr(compiling, "experiment", lambda case, device: 1 / 0)
+    assert compiling._compiled((case, "cpu", ())) == f"not compiled {cases.name(case)}: division by zero"
 
 
 def test_kernels_are_compiled_in_processes_side_by_side() -> None:
