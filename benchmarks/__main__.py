@@ -1,3 +1,4 @@
 from benchmarks.cli import main
 
-raise SystemExit(main())
+if __name__ == "__main__":  # and not where a process is spawned
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured beside the rows: the rate of products, and of reading memory.
+"""What this machine can do at best, measured beside the rows: the rate of products, and the bandwidth of memory.
 
 A row whose rate comes to AT_CEILING of the rate of products is as good as this hardware allows.
 """
@@ -13,21 +13,27 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import DTYPES
+from benchmarks.timing import synchronize
 
 AT_CEILING = 0.85
 PRODUCT_SIZE = 2048
 MEMORY_BYTES = 2**28  # far beyond any cache
+COPIED_BYTES = 2**30  # of a tensor that a GPU copies
 L2_BYTES = 2**19  # of a core, where the system does not tell
 REPETITIONS = 8
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Best of several calls. products: GFLOP/s of torch.mm by dtype; memory, l2: GB/s read by torch.sum."""
+    """Best of several calls. products: GFLOP/s of torch.mm by dtype; memory, l2: GB/s read by torch.sum.
+
+    copy: GB/s that a GPU reads and writes in Tensor.copy_. Of a GPU it is the only one measured.
+    """
 
     products: dict[str, float] = field(default_factory=dict)
     memory: float | None = None
     l2: float | None = None
+    copy: float | None = None
 
     def rate(self, dtype: str) -> float | None:
         """GFLOP/s that products in a dtype can reach: no less than in fp32, which any 16-bit number fits."""
@@ -38,6 +44,20 @@ class Ceilings:
 def measure(dtypes: Sequence[str]) -> Ceilings:
     """On the CPU, with torch's threads; fp32 is always measured."""
     return Ceilings({name: _products(name) for name in dict.fromkeys(("fp32", *dtypes))}, _memory_reads(), _l2_reads())
+
+
+def measure_copy(device: torch.device) -> Ceilings:
+    """Of a GPU's memory, its bytes counted as read and as written."""
+    x = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    copies = 8  # in a row, so that launches and the clock's synchronisation do not count
+
+    def run() -> None:
+        for _ in range(copies):
+            y.copy_(x)
+        synchronize(device)
+
+    return Ceilings(copy=2 * copies * COPIED_BYTES / _best_seconds(run) / 1e9)
 
 
 def _products(dtype: str) -> float:

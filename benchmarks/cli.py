@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import rnnattn
-from benchmarks import ceilings, digits, environment, plots, pooling, recurrent, report, roofline, runtimes, streaming
-from benchmarks.cases import DTYPES, GATES, SUITES, Case, PoolCase, StepCase, name
+from benchmarks import ceilings, compiling, digits, environment, gpu_peers, plots, report, roofline, room, runtimes
+from benchmarks.cases import DTYPES, GATES, GPU_SUITES, SUITES, Case, PoolCase, StepCase, name
+from benchmarks.experiments import experiment, switches
 from benchmarks.extras import optional
-from benchmarks.measure import Experiment, measure
+from benchmarks.measure import failed_by, measure
 from benchmarks.render import render
-from benchmarks.results import Results, Run, earlier, merged, write
+from benchmarks.results import NO_ROOM, Results, Row, Run, earlier, left_out, merged, write
+from benchmarks.streaming import supported
 
 OPS = ("digits", "step", *GATES, "attention_pool")
 BACKENDS = {"cpu": ("cpp", "auto"), "cuda": ("auto", "triton", "cuda")}
-SECONDS = {"quick": 2.0, "cpu": 1.5, "gpu": 0.5}
+SECONDS = {"quick": 2.0, "cpu": 1.5, "gpu": 0.5, "gpu-full": 0.3}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +38,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=float, help="time for one case and pass (by suite)")
     p.add_argument("--epochs", type=int, default=digits.EPOCHS, help="of training the digits model (%(default)s)")
     p.add_argument("--out", type=Path, default=Path("results"), help="folder of the results, merged (%(default)s)")
-    p.add_argument("--resume", action="store_true", help="skip the cases that --out holds from this commit")
+    p.add_argument(
+        "--resume",
+        nargs="?",
+        const="commit",
+        choices=("commit", "any"),
+        help="skip the cases that --out holds from this commit, or from any",
+    )
+    p.add_argument("--commit", help="of this checkout, where there is no git to tell")
+    p.add_argument(
+        "--compile",
+        nargs="?",
+        type=int,
+        const=os.cpu_count() or 1,
+        metavar="PROCESSES",
+        help="compile the cases' kernels first, in processes side by side (as many as processors)",
+    )
     p.add_argument("--render", type=Path, metavar="FOLDER", help="rewrite plots and README from result files and stop")
     p.add_argument("--readme", type=Path, default=Path("README.md"), help="of --render (%(default)s)")
     return p
@@ -46,28 +65,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.render:
         print("\n".join(map(str, [*render(options.render, options.readme), options.readme])))
         return 0
-    device = torch.device("cuda" if torch.cuda.is_available() and options.suite in ("auto", "gpu") else "cpu")
+    on_gpu = torch.cuda.is_available() and options.suite in ("auto", *GPU_SUITES)
+    device = torch.device("cuda" if on_gpu else "cpu")
     suite = ("gpu" if device.type == "cuda" else "quick") if options.suite == "auto" else options.suite
     cases = _chosen(suite, options)
     if options.list:
         print("\n".join(map(name, cases)))
         return 0
-    if suite == "gpu" and device.type != "cuda":
-        raise SystemExit("--suite gpu: torch finds no CUDA device here")
+    if suite in GPU_SUITES and device.type != "cuda":
+        raise SystemExit(f"--suite {suite}: torch finds no CUDA device here")
     with_digits = "digits" in options.op and re.search(options.filter, "digits") is not None
     if not cases and not with_digits:
         raise SystemExit("no case is left by --op, --dtype and --filter; --list shows the names")
     console = report.new_console()
     here = environment.collect(device)
+    here = replace(here, commit=options.commit or here.commit)
     console.print(str(here), highlight=False)
     for warning in [*environment.warnings(device), *_left_out(cases, device)]:
         console.print(f"[yellow]{warning}")
     backends = _usable(options.backend or BACKENDS[device.type], device, console)
     old = earlier(here, options.out)
     if options.resume and old is not None:
-        done = {row.cell for row in old.rows if old.runs[row.run].environment.commit == here.commit}
+        kept = [n for n, run in enumerate(old.runs) if options.resume == "any" or run.environment.commit == here.commit]
+        done = {row.cell for row in old.rows if row.run in kept}
         cases = [case for case in cases if not {(case.op, case.shape, case.dtype, m) for m in case.modes} <= done]
-        with_digits = with_digits and not any(old.runs[row.run].environment.commit == here.commit for row in old.model)
+        with_digits = with_digits and not any(row.run in kept for row in old.model)
+    if options.compile and cases:
+        for line in compiling.compile_all(cases, device, backends, options.compile):
+            console.print(line, highlight=False, markup=False)
     new = Results([Run(here, _ceilings(cases, device))], [], [])
     report.show_ceilings(new.runs[0].ceilings, console)
     options.seconds = SECONDS[suite] if options.seconds is None else options.seconds
@@ -87,20 +112,24 @@ def _chosen(suite: str, options: argparse.Namespace) -> list[Case]:
         case
         for case in SUITES[suite]
         if case.op in options.op and case.dtype in options.dtype and re.search(options.filter, name(case))
-        if not isinstance(case, StepCase) or streaming.supported(case)
+        if not isinstance(case, StepCase) or supported(case)
     ]
 
 
 def _left_out(cases: Sequence[Case], device: torch.device) -> list[str]:
     """The peers that are not installed, where they would have been asked."""
-    if device.type != "cpu" or all(isinstance(case, PoolCase) for case in cases):
+    if all(isinstance(case, PoolCase) for case in cases):
         return []
-    return [f"{package} is left out: pip install rnnattn[bench-peers] for it" for package in runtimes.missing()]
+    cpu = device.type == "cpu"
+    missing, extra = (runtimes.missing(), "bench-peers") if cpu else (gpu_peers.missing(), "bench-gpu-peers")
+    return [f"{package} is left out: pip install rnnattn[{extra}] for it" for package in missing]
 
 
 def _ceilings(cases: Sequence[Case], device: torch.device) -> ceilings.Ceilings:
+    if device.type == "cuda":
+        return ceilings.measure_copy(device)
     dtypes = [case.dtype for case in cases if not isinstance(case, PoolCase)]
-    return ceilings.measure(dtypes) if dtypes and device.type == "cpu" else ceilings.Ceilings()
+    return ceilings.measure(dtypes) if dtypes else ceilings.Ceilings()
 
 
 def _measure(
@@ -112,27 +141,54 @@ def _measure(
     options: argparse.Namespace,
     progress: Any,
 ) -> Iterator[None]:
-    """Adds everything there is to measure to `new`; yields after the model and after every case."""
+    """Adds everything there is to measure to `new`; yields after every case and, last, after the model."""
     task = progress.add_task("", total=(1 + len(backends)) * with_digits + sum(len(case.modes) for case in cases))
 
     def advance(stage: str) -> None:
         progress.update(task, advance=1, description=stage)
 
-    if with_digits:
-        new.model.extend(digits.measure(backends, device, options.epochs, options.seconds, advance))
-        yield
     for case in cases:
         progress.update(task, description=name(case))
-        for mode, found in measure(case, _experiment(case, device), backends, options.seconds):
+        for mode, found in _rows(case, backends, device, options.seconds):
             new.rows.extend(found)
             advance(f"{name(case)} {mode}")
         yield
+        _check(case, device)
+    if with_digits:
+        new.model.extend(digits.measure(backends, device, options.epochs, options.seconds, advance))
+        yield
 
 
-def _experiment(case: Case, device: torch.device) -> Experiment:
-    if isinstance(case, StepCase):
-        return streaming.experiment(case, device)
-    return pooling.experiment(case, device) if isinstance(case, PoolCase) else recurrent.experiment(case, device)
+def _rows(
+    case: Case, backends: Sequence[str], device: torch.device, seconds: float
+) -> Iterator[tuple[str, Sequence[Row]]]:
+    """Those of each mode; where there are none, as a GPU's memory does not hold the case, a row that says so."""
+    waiting, failed = list(case.modes), False
+    objection = room.objection(case, room.bytes_free(device)) if device.type == "cuda" else ""
+    note = f"{NO_ROOM} ({objection})"
+    try:
+        if not objection:
+            with switches(case):
+                for mode, found in measure(case, experiment(case, device), backends, seconds):
+                    waiting.remove(mode)
+                    yield mode, found
+    except torch.OutOfMemoryError:
+        note = f"{NO_ROOM} (about {room.bytes_needed(case) / 1e9:.0f} GB by an estimate that was too low)"
+    except Exception as error:
+        if device.type == "cpu":
+            raise
+        note, failed = failed_by(error), True  # the next case may do better
+    for mode in waiting:
+        yield mode, [left_out((case.op, case.shape, case.dtype, mode), note, failed)]
+
+
+def _check(case: Case, device: torch.device) -> None:
+    """After an error that a kernel left behind, everything on this GPU fails in this process."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            raise SystemExit(f"the GPU was lost in {name(case)}: go on with --resume ({error})") from error
 
 
 def _usable(backends: Sequence[str], device: torch.device, console: Any) -> list[str]:

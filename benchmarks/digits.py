@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rnnattn
+from benchmarks.experiments import true_fp32
 from benchmarks.extras import optional
 from benchmarks.results import ModelRow
 from benchmarks.timing import Contender, Context, Timing, compare
@@ -121,18 +121,6 @@ def correct(model: Digits, data: Data) -> int:
     return int((model(data.held_out_x).argmax(1) == data.held_out_labels).sum())
 
 
-@contextlib.contextmanager
-def true_fp32() -> Iterator[None]:
-    """cuDNN in fp32 without TF32, so that losses can agree to 1e-4."""
-    rnn: Any = torch.backends.cudnn.rnn
-    precision = rnn.fp32_precision
-    rnn.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        rnn.fp32_precision = precision
-
-
 def measure(
     backends: Sequence[str],
     device: torch.device,
@@ -141,7 +129,7 @@ def measure(
     advance: Callable[[str], None] = lambda stage: None,
 ) -> list[ModelRow]:
     """A row per backend asked for; `advance` is told each stage as it ends (1 + len(backends))."""
-    with true_fp32():
+    with true_fp32():  # so that losses can agree to 1e-4
         data = load(device)
         trained = new_model(device)
         losses = train(trained, data, epochs)

@@ -39,6 +39,9 @@ class Environment:
     openvino: str
     commit: str
     date: str
+    # Older files lack what follows.
+    torchrl: str = "none"
+    flashrnn: str = "none"
 
     @property
     def on_gpu(self) -> bool:
@@ -77,6 +80,8 @@ def collect(device: torch.device) -> Environment:
         openvino=_version_of("openvino"),
         commit=_commit(),
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        torchrl=_version_of("torchrl"),
+        flashrnn=_version_of("flashrnn"),
     )
 
 

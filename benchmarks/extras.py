@@ -12,6 +12,9 @@ PACKAGES = {
     "onnx": ("onnx", "bench-peers"),
     "onnxruntime": ("onnxruntime", "bench-peers"),
     "openvino": ("openvino", "bench-peers"),
+    "torchrl": ("torchrl", "bench-gpu-peers"),
+    "tensordict": ("tensordict", "bench-gpu-peers"),
+    "flashrnn": ("flashrnn", "bench-gpu-peers"),
 }
 
 

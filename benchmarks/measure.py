@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import rnnattn
 from benchmarks.cases import BACKWARD, FORWARD, Case
 from benchmarks.results import ANOTHER_FORM, BY_TORCH, OURS_PREPARED, OWN_BACKENDS, PREPARED, THEIRS_PREPARED, Row
-from benchmarks.timing import Contender, Context, Timing, compare, ratios
+from benchmarks.timing import Contender, Context, Timing, compare, ratios, synchronize
 
 UNRECORDED = ("cpp", "prepared weights")  # backend and kernel where no choice is made in the call
 WRONG = 0.02  # relative L2 error from which a result counts as wrong, in any dtype
@@ -71,7 +71,8 @@ class _Entry:
     kernel: str
     contender: Contender | None
     error: float | None = None
-    seconds: float = 0.0  # of its first call
+    seconds: float = 0.0  # of its first call; on a GPU of its second
+    model_step_us: float | None = None
     failure: str = ""
     prepared: bool = False
     informational: str = ""
@@ -122,13 +123,13 @@ def _cell(
 def _ours(experiment: Experiment, mode: str, backends: Sequence[str], truth: list[Tensor]) -> list[_Entry]:
     """One entry per kernel that the backends asked for come to."""
     entries: list[_Entry] = []
-    call = _call(experiment.ours, experiment, mode)
+    run, device = call(experiment.ours, experiment, mode), experiment.dy.device
     for name in backends:
         try:
             with rnnattn.use_backend(name):
                 decisions = rnnattn.explain(experiment.ours)
         except Exception as error:  # a crash of one case must not lose the results of the others
-            failure = f"unsupported: {error}" if isinstance(error, rnnattn.BackendError) else _failed(error)
+            failure = f"unsupported: {error}" if isinstance(error, rnnattn.BackendError) else failed_by(error)
             entries.append(_Entry(name, name, "", None, failure=failure))
             continue
         ran = (decisions[0].backend, decisions[0].kernel) if decisions else UNRECORDED
@@ -136,11 +137,13 @@ def _ours(experiment: Experiment, mode: str, backends: Sequence[str], truth: lis
         if same is not None:
             entries[same] = replace(entries[same], name=f"{entries[same].name}, {name}")
             continue
-        contender = Contender(call, functools.partial(rnnattn.use_backend, name), experiment.operations)
-        entries.append(_checked(_Entry(name, *ran, contender, prepared=not decisions), truth))
+        contender = Contender(run, functools.partial(rnnattn.use_backend, name), experiment.operations)
+        expected = decisions[0].step_us if decisions else None
+        entry = _Entry(name, *ran, contender, prepared=not decisions, model_step_us=expected)
+        entries.append(_checked(entry, truth, device))
     if mode == FORWARD and experiment.prepared is not None and {"cpp", "auto"} & set(backends):
-        contender = Contender(_call(experiment.prepared, experiment, mode), operations=experiment.operations)
-        entries.append(_checked(_Entry(PREPARED, *UNRECORDED, contender, prepared=True), truth))
+        contender = Contender(call(experiment.prepared, experiment, mode), operations=experiment.operations)
+        entries.append(_checked(_Entry(PREPARED, *UNRECORDED, contender, prepared=True), truth, device))
     return entries
 
 
@@ -149,13 +152,14 @@ def _peer(peer: Peer, experiment: Experiment, mode: str, truth: list[Tensor]) ->
         with peer.context():
             kernel = peer.kernel()
     except Exception as error:
-        return _Entry(peer.name, "", "", None, failure=_failed(error), informational=peer.informational)
-    contender = Contender(_call(peer.forward, experiment, mode), peer.context, experiment.operations, peer.settle)
+        return _Entry(peer.name, "", "", None, failure=failed_by(error), informational=peer.informational)
+    contender = Contender(call(peer.forward, experiment, mode), peer.context, experiment.operations, peer.settle)
     entry = _Entry(peer.name, "", kernel, contender, prepared=peer.prepared, informational=peer.informational)
-    return _checked(entry, truth, peer.seen)
+    return _checked(entry, truth, experiment.dy.device, peer.seen)
 
 
-def _call(forward: Callable[[], Tensor], experiment: Experiment, mode: str) -> Callable[[], list[Tensor]]:
+def call(forward: Callable[[], Tensor], experiment: Experiment, mode: str) -> Callable[[], list[Tensor]]:
+    """What is run and timed of an implementation in a mode."""
     if mode == FORWARD:
         return lambda: [forward()]
     return lambda: _results(forward, experiment.inputs, experiment.dy)
@@ -167,16 +171,23 @@ def _results(forward: Callable[[], Tensor], inputs: list[Tensor], dy: Tensor) ->
     return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
 
-def _checked(entry: _Entry, truth: list[Tensor], seen: Callable[[Tensor], Tensor] = lambda y: y) -> _Entry:
-    """Runs the entry once: its error, or the failure that takes it out of the timing."""
+def _checked(
+    entry: _Entry, truth: list[Tensor], device: torch.device, seen: Callable[[Tensor], Tensor] = lambda y: y
+) -> _Entry:
+    """Runs the entry: its error, or the failure that takes it out of the timing.
+
+    On a GPU twice: the first call may compile, which says nothing of how long the next ones take.
+    """
     assert entry.contender is not None
-    start = time.perf_counter()
     try:
         with entry.contender.context():
-            results = entry.contender.run()
+            for _ in range(2 if device.type == "cuda" else 1):
+                start = time.perf_counter()
+                results = entry.contender.run()
+                synchronize(device)
+                seconds = time.perf_counter() - start
     except Exception as error:
-        return replace(entry, contender=None, failure=_failed(error))
-    seconds = time.perf_counter() - start
+        return replace(entry, contender=None, failure=failed_by(error))
     assert isinstance(results, list)
     results[0] = seen(results[0])
     return replace(entry, error=max(map(relative_error, results, truth)), seconds=seconds)
@@ -229,12 +240,26 @@ def _row(
         counts=not note,
         failed=ours.failure.startswith("failed") or _wrong(ours),
         note=note,
+        step_us=_step_us(case, mode, time),
+        model_step_us=ours.model_step_us if case.steps(mode) else None,
+        bandwidth=_bandwidth(case, mode, time),
+        baseline_bandwidth=_bandwidth(case, mode, peer_time),
     )
 
 
 def _rate(case: Case, mode: str, time: Timing | None) -> float | None:
     flops = case.flops(mode)
     return flops / time.median_ms / 1e6 if time and flops else None
+
+
+def _bandwidth(case: Case, mode: str, time: Timing | None) -> float | None:
+    traffic = case.traffic(mode)
+    return traffic / time.median_ms / 1e6 if time and traffic else None
+
+
+def _step_us(case: Case, mode: str, time: Timing | None) -> float | None:
+    steps = case.steps(mode)
+    return 1e3 * time.median_ms / steps if time and steps else None
 
 
 def _objection(ours: _Entry, peer: _Entry, fastest: _Entry) -> str:
@@ -270,6 +295,7 @@ def _wrong(entry: _Entry) -> bool:
     return entry.error is not None and entry.error > WRONG
 
 
-def _failed(error: Exception) -> str:
+def failed_by(error: Exception) -> str:
+    """What a row notes of an error that it did not survive."""
     message = str(error).strip()
     return f"failed: {type(error).__name__}: {message.splitlines()[0] if message else ''}"

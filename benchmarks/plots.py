@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import MODES
+from benchmarks.cases import MODES, SUITES
 from benchmarks.extras import optional
 from benchmarks.results import ModelRow, Results, Row
 
@@ -15,11 +15,15 @@ INK, GRID, BEFORE, AFTER = "#333333", "#dddddd", "#b8b8b8", "#2a6f97"
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """<device>-<op>-<dtype>.png for everything that has rows that count, and <device>-digits.png."""
+    """<device>-<op>-<dtype>.png for everything that has rows that count, and <device>-digits.png.
+
+    Of a GPU only the gpu suite's cases: the full grid would make a plot of metres.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    core = {case.shape for case in SUITES["gpu"]}
     counted: dict[str, list[Row]] = {}
     for row in results.rows:
-        if row.counts and row.ratio is not None:
+        if row.counts and row.ratio is not None and (row.case in core or not results.environment.on_gpu):
             counted.setdefault(f"{row.op}-{row.dtype}", []).append(row)
     figures = {name: _ratios(rows) for name, rows in counted.items()}
     if results.model:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnattn
-from benchmarks import runtimes
+from benchmarks import gpu_peers, runtimes
 from benchmarks.cases import DTYPES, RecurrentCase, ragged_lengths
 from benchmarks.measure import Experiment, Peer
 from benchmarks.results import ONEDNN_OFF
@@ -43,7 +43,7 @@ def experiment(case: RecurrentCase, device: torch.device) -> Experiment:
             ours=lambda: _padded(ours, x),
             peers=[
                 *torch_peers(name, padded_kernel, lambda: _padded(theirs, x), device),
-                *_runtimes(case, theirs, x, None),
+                *_others(case, theirs, x, None),
             ],
             inputs=[x, *theirs.parameters()],
             dy=dy,
@@ -65,7 +65,7 @@ def experiment(case: RecurrentCase, device: torch.device) -> Experiment:
         peers=[
             *torch_peers(f"{name}, packed", packed_kernel, lambda: _packed(theirs, x, on_cpu), device),
             *torch_peers(f"{name}, padded", padded_kernel, lambda: _padded(theirs, x), device, lambda y: y * valid),
-            *_runtimes(case, theirs, x, on_cpu),
+            *_others(case, theirs, x, on_cpu),
         ],
         inputs=[x, *theirs.parameters()],
         dy=dy * valid,
@@ -106,8 +106,11 @@ def _prepared(case: RecurrentCase, ours: nn.RNNBase, x: Tensor, **settings: Tens
     return lambda: prepared(x, **settings)[0]
 
 
-def _runtimes(case: RecurrentCase, module: nn.RNNBase, x: Tensor, lengths: Tensor | None) -> list[Peer]:
-    return runtimes.sequence_peers(module, x, lengths) if case.dtype == "fp32" and not x.is_cuda else []
+def _others(case: RecurrentCase, module: nn.RNNBase, x: Tensor, lengths: Tensor | None) -> list[Peer]:
+    """The peers besides torch.nn that are installed and can run the case."""
+    if x.is_cuda:
+        return gpu_peers.sequence_peers(case, module, x)
+    return runtimes.sequence_peers(module, x, lengths) if case.dtype == "fp32" else []
 
 
 def _padded(module: nn.Module, x: Tensor) -> Tensor:

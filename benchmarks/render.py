@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def _device(results: Results, links: Sequence[str]) -> str:
             ],
         )  # fmt: skip
     if verdicts := targets.verdicts(results):
-        lines += ["C++ kernels against the best peer of each case of the cpu suite:", ""]
+        lines += [f"{targets.title(results)}:", ""]
         lines += _table(targets.HEADER, [targets.cells(verdict) for verdict in verdicts])
         lines += _limits(results)
     left_out = sum(not row.counts for row in results.rows)
@@ -112,4 +113,5 @@ def _limits(results: Results) -> list[str]:
 
 
 def _reasons(results: Results) -> str:
-    return "; ".join(dict.fromkeys(row.note.partition(" (error")[0] for row in results.rows if row.note))
+    notes = [row.note for row in results.rows if row.note]
+    return "; ".join(dict.fromkeys(re.split(r" \((?:error|about) ", note)[0] for note in notes))  # figures apart

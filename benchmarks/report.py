@@ -11,6 +11,8 @@ from benchmarks.extras import optional
 from benchmarks.results import ModelRow, Results, Row, means, slower_than_torch
 
 WIDTH_OF_A_FILE = 200
+# Columns that a table has where one of its rows does.
+RATES = {"GFLOP/s": "gflops", "GB/s": "bandwidth", "us a step": "step_us", "model's": "model_step_us"}
 
 
 def new_console() -> Any:
@@ -42,20 +44,17 @@ def show(results: Results, console: Any) -> None:
 
 
 def show_ceilings(ceilings: Ceilings, console: Any) -> None:
-    if ceilings.products:
-        rates = [f"torch.mm {dtype} {rate:.0f} GFLOP/s" for dtype, rate in ceilings.products.items()]
-        rates += [
-            f"{name} {rate:.0f} GB/s" for name, rate in (("memory", ceilings.memory), ("L2", ceilings.l2)) if rate
-        ]
+    bandwidths = ("memory", ceilings.memory), ("L2", ceilings.l2), ("copy", ceilings.copy)
+    rates = [f"torch.mm {dtype} {rate:.0f} GFLOP/s" for dtype, rate in ceilings.products.items()]
+    rates += [f"{name} {rate:.0f} GB/s" for name, rate in bandwidths if rate]
+    if rates:
         console.print(f"{'ceilings':<12} {', '.join(rates)}", highlight=False)
 
 
 def show_targets(results: Results, console: Any) -> None:
     """The verdicts over all rows that are known, those of earlier runs too."""
     if found := targets.verdicts(results):
-        table = _new_table(
-            "Targets: C++ kernels against each case's best peer; the rows of all runs in the result file"
-        )
+        table = _new_table(f"Targets: {targets.title(results)}; the rows of all runs in the result file")
         for column in targets.HEADER:
             table.add_column(column)
         for verdict in found:
@@ -67,7 +66,8 @@ def _table(op: str, rows: Sequence[Row]) -> Any:
     table = _new_table(f"{op}: ratio above 1 = faster than the baseline; rows marked * count in no mean and no plot")
     for column in ("case", "dtype", "pass", "backend", "against"):
         table.add_column(column)
-    for column in ("ms", "baseline ms", "ratio", "quartiles", "GFLOP/s", "error", "baseline's"):
+    measured = {column: name for column, name in RATES.items() if any(getattr(row, name) is not None for row in rows)}
+    for column in ("ms", "baseline ms", "ratio", "quartiles", *measured, "error", "baseline's"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -80,7 +80,7 @@ def _table(op: str, rows: Sequence[Row]) -> Any:
             _time(row.baseline_median_ms, row.baseline_spread),
             "-" if row.ratio is None else f"{row.ratio:.2f}x{' ' if row.counts else '*'}",
             "-" if row.ratio_low is None else f"{row.ratio_low:.2f}-{row.ratio_high:.2f}",
-            "-" if row.gflops is None else f"{row.gflops:.1f}",
+            *("-" if getattr(row, name) is None else f"{getattr(row, name):.1f}" for name in measured.values()),
             _error(row.error),
             _error(row.baseline_error),
             style=None if row.counts else "dim",

@@ -20,6 +20,9 @@ OURS_PREPARED = "our weights were packed beforehand, the baseline's not"
 THEIRS_PREPARED = "the baseline's weights were packed beforehand, ours not"
 ANOTHER_FORM = "is faster in another form"  # follows the name of the baseline
 ONEDNN_OFF = ", oneDNN off"  # how the kernel of torch.nn's other form on a CPU ends
+NO_ROOM = "the GPU's memory does not hold the case"
+
+Cell = tuple[str, str, str, str]  # op, case, dtype, mode
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Row:
     faster; ratio_low and ratio_high are its quartiles. Errors are the largest relative L2 error
     against float64 of the outputs and, in forward+backward, of any gradient. Rates are those of the
     operations that the case asks for: padding that a baseline computes besides is not counted.
+    Bandwidths are of pooling: GB/s of x read, and in training of its gradient written.
+    step_us: of a forward pass through recurrent layers, per step and layer; model_step_us: what the
+    kernel's cost model expects of it, where it has one.
     counts: whether the row enters means and plots; where not, note says why.
     """
 
@@ -59,9 +65,14 @@ class Row:
     failed: bool  # ours raised or is wrong
     note: str
     run: int = 0  # index into Results.runs
+    # Older files lack what follows.
+    step_us: float | None = None
+    model_step_us: float | None = None
+    bandwidth: float | None = None
+    baseline_bandwidth: float | None = None
 
     @property
-    def cell(self) -> tuple[str, str, str, str]:
+    def cell(self) -> Cell:
         """What is measured together, and replaced together."""
         return self.op, self.case, self.dtype, self.mode
 
@@ -159,6 +170,17 @@ def slower_than_torch(rows: Iterable[Row], tolerance: float = 0.05) -> list[Row]
         and row.ratio is not None
         and row.ratio < 1 / (1 + tolerance)
     ]
+
+
+def left_out(cell: Cell, note: str, failed: bool = False) -> Row:
+    """A row that says why its cell was not measured."""
+    op, case, dtype, mode = cell
+    return Row(
+        op=op, case=case, dtype=dtype, mode=mode, requested="", backend="", kernel="", baseline="", baseline_kernel="",
+        median_ms=None, spread=None, baseline_median_ms=None, baseline_spread=None, ratio=None, ratio_low=None,
+        ratio_high=None, gflops=None, baseline_gflops=None, intensity=None, error=None, baseline_error=None,
+        repetitions=0, counts=False, failed=failed, note=note,
+    )  # fmt: skip
 
 
 def merged(old: Results | None, new: Results) -> Results:

@@ -97,9 +97,12 @@ def compare(contenders: Sequence[Contender], seconds: float, device: torch.devic
 
 
 def _estimate(contender: Contender, device: torch.device) -> float:
-    """Seconds of a call, after a first call that may compile, allocate or choose an algorithm."""
+    """Seconds of a call, after a first call that may compile, allocate or choose an algorithm.
+
+    On a GPU the first call never counts: a compiler may take seconds of it, the allocator a good part of one.
+    """
     seconds, calls = _burst(contender, 1, device), 1
-    if seconds > FIRST_CALL_COUNTS_SECONDS:
+    if seconds > FIRST_CALL_COUNTS_SECONDS and device.type == "cpu":
         return seconds
     seconds = _burst(contender, 1, device)
     while seconds * calls < MIN_BURST_SECONDS and calls < 1024:
@@ -112,16 +115,17 @@ def _burst(contender: Contender, calls: int, device: torch.device) -> float:
     """Seconds of one call, from `calls` of them in a row."""
     time.sleep(contender.settle)
     with contender.context():
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
             contender.run()
-        _synchronize(device)
+        synchronize(device)
         seconds = (time.perf_counter() - start) / calls
     time.sleep(contender.settle)
     return seconds
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for all that was launched; a CPU runs nothing behind the caller's back."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -18,7 +18,7 @@ def assert_all_are_right(experiment: measure.Experiment, informational: float = 
     modes = (FORWARD, BACKWARD) if experiment.inputs else (FORWARD,)
     for mode in modes:
         exact_dy = replace(experiment, inputs=experiment.exact_inputs, dy=experiment.dy.double())
-        exact = measure._call(experiment.exact, exact_dy, mode)
+        exact = measure.call(experiment.exact, exact_dy, mode)
         with torch.inference_mode(mode == FORWARD):
             truth = exact()
             ours = [measure.Peer("ours", str, experiment.ours)]
@@ -27,7 +27,7 @@ def assert_all_are_right(experiment: measure.Experiment, informational: float = 
             for peer in (*ours, *experiment.peers):
                 if peer.trains or mode == FORWARD:
                     with peer.context():
-                        found = measure._call(peer.forward, experiment, mode)()
+                        found = measure.call(peer.forward, experiment, mode)()
                     assert len(found) == len(truth)
                     found[0] = peer.seen(found[0])
                     limit = informational if peer.informational else 3e-6

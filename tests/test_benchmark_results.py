@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from benchmark_rows import BY_TORCH, CEILINGS, CPU, MODEL_ROW, ROW, assert_is_a_picture, measured
 
-from benchmarks import cases, environment, plots, results, roofline, targets
+from benchmarks import cases, environment, plots, results, roofline, targets, verdicts
 from benchmarks.ceilings import Ceilings
 from benchmarks.render import END, START, render
 
@@ -86,7 +86,7 @@ def suite_rows(ratio: float, **changes: object) -> list[results.Row]:
     return [replace(ROW, case=shape, ratio=ratio, **changes) for shape in shapes if "ragged" not in shape]
 
 
-def verdict(rows: list[results.Row], title: str = "LSTM inference", dtype: str = "fp32") -> targets.Verdict:
+def verdict(rows: list[results.Row], title: str = "LSTM inference", dtype: str = "fp32") -> verdicts.Verdict:
     return next(v for v in targets.verdicts(measured(*rows)) if (v.target.title, v.target.dtype) == (title, dtype))
 
 
@@ -124,7 +124,7 @@ def test_a_row_at_the_hardware_limit_counts_as_reached() -> None:
     assert found.reached and found.at_ceiling == 1 and "limit" in found.text
     assert found.worst == 0.8 and found.ratio is not None and found.ratio < 1.3  # shown as measured
     # Products in bf16 are slower than in fp32 here, and so no limit.
-    assert not targets.at_ceiling(replace(limit, dtype="bf16", gflops=40.0), measured())
+    assert not verdicts.at_ceiling(replace(limit, dtype="bf16", gflops=40.0), measured())
     assert CEILINGS.rate("bf16") == 100.0 and Ceilings().rate("fp32") is None
 
 
