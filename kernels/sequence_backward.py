@@ -6,7 +6,7 @@ it, [UNITS, GH]; the gradients db of the step after travel, and
     dh^T [UNITS, BATCH] = W_hh^T [UNITS, GH] . db^T [GH, BATCH]
 
 Few units and a long sum: PARTS parts of it are multiplied side by side and added up. Equations: step_backward.
-In a stack (`weights_x`) the gradient of y_t is W_ih^T da_t of the layer above, multiplied when its group has arrived.
+In a stack (`weights_x`) W_ih^T da_t of the layer above adds to the gradient of y_t, when its group has arrived.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _cut(d, gathered, anew, GATHERS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "B", "first_group"])
 def _backward_kernel(
-    dy,  # [T, B, K H], or None; of a stack [T, B, H], the last layer's
+    dy,  # [T, B, K H], or None
     dcells,  # [K, T, B, H] fp32, not read behind lengths, or None
     weights,  # [K, GH, width]
     weights_x,  # [K - 1, GH, width], W_ih of a stack's further layers, or None
@@ -150,9 +150,6 @@ def _backward_kernel(
     at_d = own[None, :] + unit[:, None]
     at_row = (row * H)[None, :] + unit[:, None]  # in a step of [K, T, B, H]
     at_output = ((row * K + k) * H)[None, :] + unit[:, None]  # in one of [T, B, K H]
-    at_dy, dy_length, dy_there = at_output, K * H, inside
-    if STACKED:
-        at_dy, dy_length, dy_there = at_row, H, inside & (above == 0)
     at_state = ((row + k * B) * H)[None, :] + unit[:, None]
     around = tl.load(dh + at_state, inside, 0.0)  # of the state before, what does not pass through the product
     nothing = tl.zeros((UNITS, BATCH), tl.float32)
@@ -174,7 +171,7 @@ def _backward_kernel(
         # What this step reads of the forward, before it waits.
         d_y = nothing
         if dy is not None:
-            d_y = tl.load(dy + t.to(tl.int64) * B * dy_length + at_dy, dy_there & valid[None, :], 0.0).to(tl.float32)
+            d_y = tl.load(dy + t.to(tl.int64) * B * (K * H) + at_output, inside & valid[None, :], 0.0).to(tl.float32)
         if MODE == "RNN_TANH" or MODE == "RNN_RELU":
             state = tl.load(y + t.to(tl.int64) * B * (K * H) + at_output, inside, 0.0).to(tl.float32)
         else:
@@ -270,7 +267,7 @@ def _backward_kernel(
 
 def sequence_backward(
     mode: str,
-    dy: Tensor | None,  # [T, B, K H]; of a stack [T, B, H]
+    dy: Tensor | None,  # [T, B, K H]
     dcells: Tensor | None,  # [K, T, B, H] fp32, LSTM; not read behind lengths
     weights: Tensor,  # [K, GH, width]
     weights_x: Tensor | None,  # [K - 1, GH, width], W_ih of layers above the first, where K are layers

@@ -17,7 +17,7 @@ from rnnattn.autocast import autocast_dtype, lowered
 from rnnattn.backends import Call
 from rnnattn.checks import check_recompute, check_recurrent, checked_resets, checked_steps
 from rnnattn.packing import Packing
-from rnnattn.reference import CELLS, zero_invalid
+from rnnattn.reference import CELLS, STACK, zero_invalid
 from rnnattn.regularised import Regularisation, regularised_layer
 from rnnattn.transforms import is_transformed, want_equations
 
@@ -60,12 +60,14 @@ def run_stack(
     resets = checked_resets(resets, input, batch_first)
     ragged, has_resets, regularised = lengths is not None, resets is not None, regularisation is not None
     in_chunks = check_recompute(recompute, resets is not None and reset_to_initial, return_cells)
-    backend, looked_on = "reference", want_equations(x, h0, c0, *weights)
+    backend, as_one, looked_on = "reference", False, want_equations(x, h0, c0, *weights)
     if not looked_on:
         call = _call(
-            mode, T, B, x, h0, c0, weights, num_layers, K, ragged, has_resets, in_chunks, return_cells, regularised
-        )
+            mode, T, B, x, h0, c0, weights, num_layers, K, ragged, has_resets, in_chunks, return_cells,
+            dropout > 0 and training, regularised,
+        )  # fmt: skip
         backend = backends.select(call).backend
+        as_one = backends.get(backend).stacks(call)
     padded_for = packing if regularised or in_chunks or not backends.get(backend).reads_packed else None
     if padded_for is not None:
         x, packing = padded_for.padded(x), None
@@ -78,8 +80,8 @@ def run_stack(
     else:
         y, h_n, c_n, cells = _layers(
             mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, K, lengths, resets, reset_to_initial,
-            backend, in_chunks and not (looked_on or torch.compiler.is_compiling() or is_transformed()), return_cells,
-            regularisation,
+            backend, as_one, in_chunks and not (looked_on or torch.compiler.is_compiling() or is_transformed()),
+            return_cells, regularisation,
         )  # fmt: skip
     if cells is not None:
         cells = cells if packing is not None else zero_invalid(cells, lengths)
@@ -106,16 +108,22 @@ def _layers(
     resets: Tensor | None,
     reset_to_initial: bool,
     backend: str,
+    as_one: bool,
     in_chunks: bool,
     with_cells: bool,
     regularisation: Regularisation | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """y, h_n, c_n, and cells [K, T, B, H] of the last layer, as they are in the operator."""
+    if as_one:
+        y, h, c, cells = autograd.recurrent_layer(
+            x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, STACK, mode, backend, with_cells
+        )
+        return y[..., -h0.shape[-1] :].contiguous(), h, c, None if cells is None else cells[-1:]
     direction = "bidirectional" if K == 2 else "forward"
     per_layer = len(weights) // num_layers
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
-    cells: Tensor | None = None
+    cells = None
     for layer in range(num_layers):
         if layer > 0 and dropout > 0 and training:
             x = F.dropout(x, dropout)
@@ -173,6 +181,7 @@ def _call(
     resets: bool,
     in_chunks: bool,
     cells: bool,
+    dropout: bool,
     regularised: bool,
 ) -> Call:
     """What `backends.select` needs to know."""
@@ -181,5 +190,5 @@ def _call(
     return Call(
         op_name(mode), x.device.type, x.dtype, B, T, I, H, num_layers, K, R if R != H else 0, ragged,
         wants_grad(x, h0, c0, *weights), torch.compiler.is_compiling(), resets, in_chunks, cells,
-        regularised,
+        dropout, regularised,
     )  # fmt: skip

@@ -76,11 +76,12 @@ def loop_bytes(ptx: str, warps: int) -> tuple[int, int]:
 
 
 def launch(
-    kernel: str, p: sequence_plan.Plan, mode: str, H: int, B: int, dtype: torch.dtype, full: bool, precision: str
+    kernel: str, p: sequence_plan.Plan, mode: str, H: int, B: int, dtype: torch.dtype, variant: str, precision: str
 ) -> None:
     from rnnattn.kernels import sequence_backward, sequence_forward
 
-    T, K, cell, wide = 4, 2 if full else 1, CELLS[mode], torch.float32
+    full, stack = variant == "full", variant == "stack"
+    T, K, cell, wide = 4, 2 if full or stack else 1, CELLS[mode], torch.float32
     GH, width, lstm = cell.blocks * H, -(-H // 16) * 16, mode == "LSTM"
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -91,18 +92,19 @@ def launch(
     gates, cells = new(K, T, B, 4 * H) if cell.saved else None, new(K, T, B, H, dtype=wide) if lstm else None
     states, sums = new(K, B, H), new(K, B, H, dtype=wide)
     w, of_lstm = new(K, GH, width), sums if lstm else None
+    w_x, K_x = (w[1:], 1) if stack else (None, K)
     if kernel == "forward":
         sequence_forward(
-            mode, new(T, B, K * GH, dtype=wide), w, None, new(K, 4 * H, dtype=wide), new(T + 2, B, K, width), of_lstm,
+            mode, new(T, B, K_x * GH, dtype=wide), w, w_x, new(K, 4 * H, dtype=wide), new(T + 2, B, K, width), of_lstm,
             rows, rows, resets, True, False, gates, cells, states,
             states if lstm else None, p.units, p.chunk, p.chunks, p.ahead, p.batch_tile, p.warps, p.resident, precision,
         )  # fmt: skip
         return
     y, da = new(T, B, K * H), new(T, B, K, -(-GH // 16) * 16)
     sequence_backward(
-        mode, y, None, w, None, None if cell.saved else y, None if cell.shared else new(K, T, B, H), gates, cells,
-        of_lstm, rows, rows, resets, True, False, sums, of_lstm, da, None if cell.shared else da, p.units, p.parts, p.chunk,
-        p.chunks, p.ahead, p.batch_tile, p.warps, p.resident, precision,
+        mode, y, None, w, w_x, None if cell.saved else y, None if cell.shared else new(K, T, B, H),
+        gates, cells, of_lstm, rows, rows, resets, True, False, sums, of_lstm, da, None if cell.shared else da, p.units,
+        p.parts, p.chunk, p.chunks, p.ahead, p.batch_tile, p.warps, p.resident, precision,
     )  # fmt: skip
 
 
@@ -122,7 +124,7 @@ def rows(architecture: int, thorough: bool) -> Iterator[SequenceRow]:
                     case = f"{kernel} {mode} H={H} B={B} {variant}"
                     plans[case] = kernel, mode, H, B, name, variant, architecture, p
                     if p.tier != "T2":
-                        launch(kernel, p, mode, H, B, dtype, full, "tf32" if name == "tf32" else "ieee")
+                        launch(kernel, p, mode, H, B, dtype, variant, "tf32" if name == "tf32" else "ieee")
                     yield case
 
     for row, kernel in compiled(architecture, launches):

@@ -40,8 +40,11 @@ def tiles(tier: str, mode: str, H: int, backward: bool) -> Launch:
 def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Backend triton runs the sequence kernels."""
 
-    def launch_for(device: Any, mode: str, B: int, T: int, H: int, dtype: Any, K: int, backward: bool) -> Launch | None:
-        return tiles(request.param, mode, H, backward) if B and T else None
+    def launch_for(
+        device: Any, mode: str, B: int, T: int, H: int, dtype: Any, K: int, backward: bool, layers: int
+    ) -> Launch | None:
+        launch = tiles(request.param, mode, H, backward) if B and T else None
+        return launch if launch is None or layers == 1 else launch._replace(resident=layers)
 
     monkeypatch.setattr(sequence_choice, "launch_for", launch_for)
     with side_by_side.cooperative_launches(timeout=120):

@@ -1,4 +1,5 @@
-"""The operation `rnnattn::recurrent_layer`: one recurrent layer over a sequence, in one or both directions.
+"""The operation `rnnattn::recurrent_layer`: one recurrent layer over a sequence, in one or both directions, or a stack
+of layers (`rnnattn.reference.stack`).
 
 Shapes and equations: `rnnattn.reference.recurrent`. The operator's contract is the whole layer, so that
 a backend decides by itself where the input product goes and what one launch covers. What a mode does
@@ -21,6 +22,7 @@ from rnnattn.packing import Packing
 from rnnattn.reference import (
     CELLS,
     DIRECTIONS,
+    STACK,
     accumulation_dtype,
     recurrent_layer_forward,
     split_weights,
@@ -102,7 +104,7 @@ def _backward_fake(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     dweights = []
     if needs_dweights:
-        for w in split_weights(weights, has_biases, len(DIRECTIONS[direction])):
+        for w in split_weights(weights, has_biases, h0.shape[0]):
             grown = [w.w_ih, w.w_hh, w.b_ih, None if CELLS[mode].shared else w.b_hh, w.w_hr]
             dweights += [x.new_empty(p.shape) for p in grown if p is not None]
     dx = x.new_empty(x.shape if needs_dx else 0)
@@ -182,8 +184,9 @@ def _equations(lengths: Tensor | None, *settings: Any) -> Any:
 
 def _own(weights: int, has_biases: bool, direction: str, mode: str) -> list[int]:
     """Those of a layer's weights that have a gradient of their own: b_hh's is b_ih's where the cell shares it."""
-    per_direction = weights // len(DIRECTIONS[direction])
-    return [n for n in range(weights) if not (has_biases and CELLS[mode].shared and n % per_direction == 3)]
+    least = 4 if has_biases else 2
+    each = least if direction == STACK else weights // len(DIRECTIONS[direction])
+    return [n for n in range(weights) if not (has_biases and CELLS[mode].shared and n % each == 3)]
 
 
 def of_each_weight(own: list[Tensor], weights: int, has_biases: bool, direction: str, mode: str) -> list[Tensor | None]:

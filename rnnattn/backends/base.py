@@ -37,6 +37,7 @@ class Call:
     resets: bool = False
     in_chunks: bool = False  # computed again in the backward pass
     cells: bool = False  # c_t of every step is wanted
+    dropout: bool = False  # between layers
     regularised: bool = False  # by zoneout, locked dropout, dropped weights or layer norm
 
     @property
@@ -65,6 +66,10 @@ class Backend:
     def kernel(self, call: Call) -> str:
         """The kernel that would run this call, in words."""
         return self.name
+
+    def stacks(self, call: Call) -> bool:
+        """Whether the layers of the call run as one operation (`reference.stack`), not one after the other."""
+        return False
 
     def step_us(self, call: Call) -> float | None:
         """Microseconds that a model of the kernel expects of one step of one layer, forward; None without a model."""

@@ -9,21 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rnnattn.backends.sequence_tiles import ALIGNED
 from rnnattn.backends.stepwise import biases, contiguous, matmul
 from rnnattn.backends.stepwise_backward import start, started_from
 from rnnattn.reference import (
     CELLS,
-    DIRECTIONS,
+    STACK,
     LayerWeights,
     Resets,
     accumulation_dtype,
     layer_gradients,
+    reverses_of,
     scan_resets,
     split_weights,
 )
-
-STACK = "stack"  # in the place of a direction: layers on each other, all of them forwards
-ALIGNED = 16  # numbers of a row that the kernels read at once
 
 
 class Launch(NamedTuple):
@@ -63,11 +62,10 @@ def layer_forward(
     mode: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`rnnattn.reference.recurrent_layer_forward`. With "stack" for a direction the K of h0, c0, weights and results
-    are layers, and y [T, B, K H] has the outputs of all of them."""
+    """`rnnattn.reference.recurrent_layer_forward`."""
     cell, stacked = CELLS[mode], direction == STACK
     (T, B, I), (K, _, H), acc = x.shape, h0.shape, accumulation_dtype(x.dtype)
-    reverses = _reverses(direction, K)
+    reverses = reverses_of(direction, K)
     parts = split_weights(weights, has_biases, K)
     w_ih = parts[0].w_ih if stacked else torch.cat([w.w_ih for w in parts])
     gates_x = matmul(x.reshape(T * B, I), w_ih.t()).view(T, B, len(w_ih))
@@ -114,10 +112,10 @@ def layer_backward(
     needs_dx: bool,
     needs_dweights: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor] | None]:
-    """`rnnattn.reference.recurrent_layer_backward`. Of a "stack" y is that of `layer_forward`, dy [T, B, H]."""
+    """`rnnattn.reference.recurrent_layer_backward`."""
     cell, stacked = CELLS[mode], direction == STACK
     (T, B, I), (K, _, H), acc = x.shape, h0.shape, accumulation_dtype(x.dtype)
-    reverses = _reverses(direction, K)
+    reverses = reverses_of(direction, K)
     parts = split_weights(weights, has_biases, K)
     GH, outputs = cell.blocks * H, y.chunk(K, -1)
     anew = [scan_resets(resets, reset_to_initial, h0[k], None, lengths, reverse) for k, reverse in enumerate(reverses)]
@@ -149,10 +147,6 @@ def layer_backward(
             )  # fmt: skip
     dx = None if dx is None else dx.view(T, B, I).to(x.dtype)
     return dx, dh.to(x.dtype), x.new_empty(0) if dc is None else dc.to(x.dtype), dweights
-
-
-def _reverses(direction: str, K: int) -> tuple[bool, ...]:
-    return (False,) * K if direction == STACK else DIRECTIONS[direction]
 
 
 def _padded(weights: list[Tensor]) -> tuple[Tensor, int]:

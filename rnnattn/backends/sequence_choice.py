@@ -25,32 +25,54 @@ def plan_for(
     directions: int,
     backward: bool,
     projection: int = 0,
+    layers: int = 1,
 ) -> Plan:
-    """The plan of a layer on a CUDA device."""
+    """The plan of a layer, or of layers at the same time, on a CUDA device."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _plan(_device(index), mode, B, T, H, dtype, directions, backward, takes_tf32(), projection)
+    return _plan(_device(index), mode, B, T, H, dtype, directions, backward, takes_tf32(), projection, layers)
 
 
-def plan_of_call(call: Call, backward: bool = False) -> Plan | None:
-    """The plan of a layer of the call, on the current device; None where there is none, or programs are interpreted."""
+def plan_of_call(call: Call, backward: bool = False, as_one: bool = False) -> Plan | None:
+    """The plan of a layer of the call, or of all of them as one, on the current device; None where there is none, or
+    programs are interpreted."""
     if not call.recurrent or call.regularised or 0 in (call.B, call.T):
         return None
     if call.device != "cuda" or not torch.cuda.is_available():
         return None
     return plan_for(
         torch.device("cuda"), OF_OP[call.op], call.B, call.T, call.hidden, call.dtype, call.directions, backward,
-        call.projection,
+        call.projection, call.layers if as_one else 1,
     )  # fmt: skip
 
 
+def stacks(call: Call) -> bool:
+    """Whether the layers of the call are to run at the same time. A graph that is compiled for any T and B says so
+    wherever they can: the plan is made when it runs."""
+    if call.layers == 1 or call.directions > 1 or call.projection or call.dropout or call.in_chunks or call.regularised:
+        return False
+    if call.compiling:
+        return call.device == "cuda"
+    passes = (False, True) if call.grad else (False,)
+    plans = [plan_of_call(call, backward, as_one=True) for backward in passes]
+    return all(p is not None and p.tier != "T2" for p in plans)
+
+
 def launch_for(
-    device: torch.device, mode: str, B: int, T: int, H: int, dtype: torch.dtype, directions: int, backward: bool
+    device: torch.device,
+    mode: str,
+    B: int,
+    T: int,
+    H: int,
+    dtype: torch.dtype,
+    directions: int,
+    backward: bool,
+    layers: int = 1,
 ) -> Launch | None:
-    """How the sequence kernels are to run a layer; None for step by step, as in the interpreter, where programs run
-    one after the other."""
+    """How the sequence kernels are to run a layer, or layers at the same time; None for step by step, and for one after
+    the other. As in the interpreter, where programs do not run at the same time."""
     if device.type != "cuda" or 0 in (B, T) or os.environ.get("RNNATTN_SEQUENCE") == "0":
         return None
-    p = plan_for(device, mode, B, T, H, dtype, directions, backward)
+    p = plan_for(device, mode, B, T, H, dtype, directions, backward, layers=layers)
     if p.tier == "T2":
         return None
     return Launch(p.units, p.parts, p.chunk, p.chunks, p.ahead, p.batch_tile, p.warps, p.resident)

@@ -1,4 +1,4 @@
-"""How the sequence engine runs one recurrent layer on a GPU, from its shape alone.
+"""How the sequence engine runs a recurrent layer, or a stack of them, on a GPU, from its shape alone.
 
 The engine keeps W_hh in shared memory for all T steps. A group computes `batch_tile` rows of one direction; its
 `slices` programs own `units` hidden units each and, where there are several, exchange h_t through global memory with
@@ -8,10 +8,14 @@ a barrier at every step, so that all of them have to run at the same time, one o
     T1  a group is several programs
     T2  stepwise (`stepwise.py`): where nothing fits, the engine has no kernel, or the model says that it is quicker
 
+Layers on each other run at the same time, each some steps behind the one below, where all their groups find room: a
+program then holds its rows of W_ih, too, and all L layers take T + L - 1 steps.
+
 The model, in microseconds a step:
 
     T0, T1   waves * (latency + product) + exchange
-        latency    T1: store and release, poll, load of h (db) once for every `ahead` chunks, pointwise; T0: pointwise, a round trip in shared memory
+        latency    T1: store and release, poll, load of h (db) once for every `ahead` chunks, pointwise; T0: pointwise,
+                   a round trip in shared memory; in a stack one more load, in T0 one more poll
         product    its arithmetic at an SM's rate or, if that is more, the reading of its operands from shared memory
         exchange   T1: every program reads its group's h (backward: db), all of them at the bandwidth of L2
         waves      groups that find no room run after the others, in T1 by launches of their own
@@ -32,7 +36,7 @@ from dataclasses import dataclass
 import torch
 
 from rnnattn.backends.sequence_device import Device
-from rnnattn.backends.sequence_tiles import Layer, Tiles
+from rnnattn.backends.sequence_tiles import ALIGNED, Layer, Tiles
 
 BATCH_TILES = (16, 32, 64)
 UNITS = (8, 16, 32, 64, 128, 256)
@@ -52,7 +56,7 @@ class Plan:
     """Everything from `units` on is 0 or empty in T2."""
 
     tier: str
-    step_us: float  # expected time of a step of all rows and directions
+    step_us: float  # expected time of a step of all rows, directions and layers
     reason: str  # why this tier; in T2, what did not fit
     start_us: float = 0.0  # before the first step
     units: int = 0  # of a program
@@ -62,33 +66,37 @@ class Plan:
     ahead: int = 0  # of them on their way at once
     slices: int = 0  # programs of a group
     batch_tile: int = 0  # rows of a group
-    batch_tiles: int = 0  # groups of a direction
+    batch_tiles: int = 0  # groups of a direction (layer)
     programs: int = 0  # of all waves
     waves: int = 0
     warps: int = 0  # of a program
     shared: int = 0  # bytes of a program: weights and what is there of h (db), without the compiler's scratch
+    layers: int = 1  # that run at the same time
 
     def __str__(self) -> str:
         if self.tier == "T2":
             return f"T2, a Triton kernel and a GEMM per step, {self.step_us:.1f} us a step expected ({self.reason})"
         waves = f" in {self.waves} waves" if self.waves > 1 else ""
+        layers = f" of all {self.layers} layers" if self.layers > 1 else ""
         return (
-            f"{self.tier}, all steps in one Triton launch: {self.programs} programs of {self.units} units and "
+            f"{self.tier}, all steps{layers} in one Triton launch: {self.programs} programs of {self.units} units and "
             f"{self.batch_tile} rows{waves}, {self.warps} warps, {self.shared >> 10} KB of shared memory each, "
             f"{self.step_us:.1f} us a step expected ({self.reason})"
         )
 
     @property
     def resident(self) -> int:
-        """Groups in one launch."""
+        """Groups in one launch; of a stack those of whole ones."""
         return len(self.launches()[0]) // self.slices if self.programs else 0
 
     def launches(self) -> list[range]:
-        """The programs of each launch: whole groups. Those of T0 need not run at the same time: one launch."""
+        """The programs of each launch: all that wait for each other. Those of T0 need not run at the same time, but in
+        a stack: one launch."""
         if not self.programs:
             return []
-        waves = self.waves if self.tier == "T1" else 1
-        size = -(-self.programs // self.slices // waves) * self.slices
+        together = self.slices * self.layers
+        waves = self.waves if together > 1 else 1
+        size = -(-self.programs // together // waves) * together
         return [range(first, min(first + size, self.programs)) for first in range(0, self.programs, size)]
 
 
@@ -96,15 +104,15 @@ class Plan:
 class Share:
     """What one program owns."""
 
-    direction: int
+    direction: int  # or layer
     rows: range  # of B
     units: range  # of H
 
 
 def owned(plan: Plan, program: int, B: int, H: int) -> Share:
-    """As the kernel computes it: program = (direction * batch_tiles + tile) * slices + slice."""
+    """As the kernel computes it: program = (tile * directions + direction) * slices + slice."""
     group, part = divmod(program, plan.slices)
-    direction, tile = divmod(group, plan.batch_tiles)
+    tile, direction = divmod(group, plan.programs // plan.slices // plan.batch_tiles)
     return Share(
         direction,
         range(tile * plan.batch_tile, min(B, (tile + 1) * plan.batch_tile)),
@@ -123,16 +131,19 @@ def plan(
     backward: bool = False,
     tensor_cores: bool = True,
     projection: int = 0,
+    layers: int = 1,
 ) -> Plan:
-    """The plan with the least modelled time. tensor_cores: whether fp32 may be multiplied as TF32."""
-    layer = Layer(mode, B, H, dtype, directions, backward, tensor_cores or dtype.itemsize == 2)
-    stepwise = _stepwise_us(device, layer)
-    if (reason := _missing(device, dtype, projection)) is not None:
+    """The plan with the least modelled time. tensor_cores: whether fp32 may be multiplied as TF32. Of several layers
+    (that have one direction) the plan to run them at the same time; in T2 they had better run one after the other."""
+    layer = Layer(mode, B, H, dtype, directions, backward, tensor_cores or dtype.itemsize == 2, layers)
+    stepwise = layers * _stepwise_us(device, layer)
+    if (reason := _missing(device, layer, projection)) is not None:
         return Plan("T2", stepwise, reason)
     candidates = [Tiles(device, layer, units, batch_tile) for units in UNITS for batch_tile in BATCH_TILES]
     fitting = [tiles for tiles in candidates if tiles.objection() is None]
     if not fitting:
         return Plan("T2", stepwise, f"nothing fits: {candidates[0].objection()}")
+    fitting = [tiles for tiles in fitting if tiles.units > UNITS[0]] or fitting  # with 16 a warp group multiplies
     engine, _, _, best = min((_engine_us(tiles), tiles.units, tiles.batch_tile, tiles) for tiles in fitting)
     if engine >= stepwise:
         return Plan(
@@ -140,39 +151,48 @@ def plan(
         )
     if START_US + T * engine >= T * stepwise:
         return Plan("T2", stepwise, f"T={T} steps do not pay for starting the engine")
+    if layers > 1:
+        one = plan(device, mode, B, T, H, dtype, directions, backward, tensor_cores)
+        if START_US + (T + layers - 1) * engine >= layers * (one.start_us + T * one.step_us):
+            return Plan("T2", stepwise, f"layers one after the other take less than {engine:.1f} us a step")
     if best.slices == 1:
         tier, reason = "T0", f"one program holds all of W_hh for {best.batch_tile} rows"
     else:
         tier, reason = "T1", f"{best.slices} programs share W_hh for {best.batch_tile} rows"
     return Plan(
         tier, engine, reason, START_US, best.units, best.parts, best.chunk, best.chunks, best.ahead, best.slices,
-        best.batch_tile, best.batch_tiles, best.groups * best.slices, _waves(best), best.warps, best.shared,
+        best.batch_tile, best.batch_tiles, best.programs, _waves(best), best.warps, best.shared, layers,
     )  # fmt: skip
 
 
-def _missing(device: Device, dtype: torch.dtype, projection: int) -> str | None:
+def _missing(device: Device, layer: Layer, projection: int) -> str | None:
+    dtype = layer.dtype
     if device.capability < OLDEST:
         return f"the engine needs compute capability 8.0, {device.name} has {device.capability / 10}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the engine has float32, bfloat16 and float16, not {dtype}"
     if projection:
         return "the engine has no projection"
+    if layer.B * layer.directions * layer.layers * 4 * (layer.H + ALIGNED) >= 2**31:
+        return f"offsets in a step take 32 bits, B={layer.B} rows of H={layer.H} more"
     return None
 
 
 def _engine_us(tiles: Tiles) -> float:
     device, layer = tiles.device, tiles.layer
-    turns = -(-tiles.chunks // tiles.ahead)
-    latency = POINTWISE + (ROUND_TRIP if tiles.slices == 1 else RELEASE + POLL + LOAD * turns)
+    load = LOAD * -(-tiles.chunks // tiles.ahead)
+    latency = POINTWISE + (ROUND_TRIP if tiles.slices == 1 else RELEASE + POLL + load)
+    if layer.layers > 1:
+        latency += load + (POLL if tiles.slices == 1 else 0)
     read = tiles.exchanged + tiles.weights
     arithmetic = 2 * tiles.weights // layer.dtype.itemsize * tiles.batch_tile / _flops(device, layer)
     cycles = _waves(tiles) * (latency + max(arithmetic, read / SHARED_BYTES))
-    exchange = tiles.groups * tiles.slices * tiles.exchanged if tiles.slices > 1 else 0
+    exchange = tiles.programs * tiles.exchanged if tiles.together > 1 else 0
     return (cycles / device.clock + exchange / device.l2_bandwidth) * 1e6
 
 
 def _waves(tiles: Tiles) -> int:
-    return -(-tiles.groups // (tiles.device.sms // tiles.slices))
+    return -(-tiles.sets // (tiles.device.sms // tiles.together))
 
 
 def _stepwise_us(device: Device, layer: Layer) -> float:

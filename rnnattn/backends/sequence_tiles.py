@@ -17,6 +17,7 @@ import torch
 from rnnattn.backends.sequence_device import Device
 from rnnattn.reference import CELLS
 
+ALIGNED = 16  # numbers of a row that the kernels read at once
 CHUNK_BYTES = 512  # of a row of h: larger chunks took more registers
 FMA_CHUNK, MOST_FMA_CHUNKS = 32, 32  # without tensor cores: columns of a chunk, which passes through registers
 BACKWARD_CHUNK = 64  # of a part
@@ -36,6 +37,7 @@ class Layer:
     directions: int
     backward: bool
     tensor_cores: bool
+    layers: int = 1  # of a stack that runs as one, in one direction
 
     @property
     def blocks(self) -> int:
@@ -60,8 +62,18 @@ class Tiles:
         return -(-self.layer.B // self.batch_tile)
 
     @functools.cached_property
-    def groups(self) -> int:
+    def together(self) -> int:
+        """Programs that wait for each other: a group, or those of all layers of a stack."""
+        return self.slices * self.layer.layers
+
+    @functools.cached_property
+    def sets(self) -> int:
+        """Of programs that wait for each other."""
         return self.layer.directions * self.batch_tiles
+
+    @functools.cached_property
+    def programs(self) -> int:
+        return self.sets * self.together
 
     @functools.cached_property
     def row_blocks(self) -> int:
@@ -104,7 +116,8 @@ class Tiles:
         if not self.layer.tensor_cores:
             return chunk(self.layer.H, FMA_CHUNK, MOST_FMA_CHUNKS)
         size = chunk(self.layer.H, widest)
-        all_of_it = -(-self.layer.H // size) * size * (self.M + self.batch_tile) * self.layer.dtype.itemsize
+        tiles = self.M * (1 if self.layer.layers == 1 else 2) + self.batch_tile
+        all_of_it = -(-self.layer.H // size) * size * tiles * self.layer.dtype.itemsize
         return size if all_of_it + SCRATCH <= self.device.shared else chunk(self.layer.H, 2 * widest)
 
     @functools.cached_property
@@ -113,8 +126,9 @@ class Tiles:
 
     @functools.cached_property
     def weights(self) -> int:
-        """Bytes of the tile."""
-        return self.M * self.parts * self.chunk * self.chunks * self.layer.dtype.itemsize
+        """Bytes of the tile; in a stack there is another of W_ih."""
+        one = self.M * self.parts * self.chunk * self.chunks * self.layer.dtype.itemsize
+        return one if self.layer.layers == 1 else 2 * one
 
     @functools.cached_property
     def operand(self) -> int:
@@ -143,17 +157,19 @@ class Tiles:
 
     @functools.cached_property
     def exchanged(self) -> int:
-        """Bytes of h (db) that a program takes in per step."""
-        return self.columns * self.batch_tile * self.layer.dtype.itemsize
+        """Bytes of h (db) that a program takes in per step; in a stack as much of the layer beside it."""
+        one = self.columns * self.batch_tile * self.layer.dtype.itemsize
+        return one if self.layer.layers == 1 else 2 * one
 
     @functools.cached_property
     def warps(self) -> int:
         """Four for small tiles, where a thread then holds twice as much; eight for others and without tensor cores."""
-        tile = self.row_blocks * self.units * self.batch_tile
-        few = tile <= 2048 and self.layer.H * self.batch_tile * self.layer.dtype.itemsize <= 16 << 10
-        if not self.layer.backward:
-            operand = self.layer.H * self.batch_tile * self.layer.dtype.itemsize
-            few = 3 * self.M * self.batch_tile / 128 + operand / 512 <= 56
+        layer, itemsize = self.layer, self.layer.dtype.itemsize
+        operand = layer.H * self.batch_tile * itemsize
+        if layer.backward:
+            few = self.row_blocks * self.units * self.batch_tile <= 2048 and operand <= 16 << 10
+        else:
+            few = 3 * self.M * self.batch_tile / 128 + operand / 512 <= 56 and layer.layers == 1
         return 4 if few and self.layer.tensor_cores else 8
 
     @functools.cached_property
@@ -168,9 +184,10 @@ class Tiles:
         if (wanted := self.shared + SCRATCH) > device.shared:
             there = f"{device.name} gives {device.shared >> 10}"
             return f"a program of {self.units} units wants {wanted >> 10} KB of shared memory, {there}"
-        if self.slices > 1 and self.slices > device.sms:
+        if self.together > 1 and self.together > device.sms:
             return (
-                f"{self.slices} programs of {self.units} units wait for each other, {device.name} has {device.sms} SMs"
+                f"{self.together} programs of {self.units} units wait for each other, {device.name} has "
+                f"{device.sms} SMs"
             )
         if self.spills:
             return f"{self.units} units and {self.batch_tile} rows would spill registers"
@@ -188,9 +205,11 @@ class Tiles:
             return True
         if self.instruction == "fma":
             return self.sums > 4
-        if self.M == 32 and self.layer.blocks > 1 and self.batch_tile > 16:
+        narrow = self.M < 64 and (self.layer.blocks > 1 or dtype.itemsize > 2)
+        if (narrow and self.batch_tile > 16) or (H % 16 and self.M > 64):
             return True
-        return 3 * self.sums + self.underway > (104 if dtype.itemsize == 2 else 72)
+        most = 48 if self.layer.layers > 1 else 104 if dtype.itemsize == 2 else 72
+        return 3 * self.sums + self.underway > (min(most, 80) if self.M < 64 else most)
 
 
 def chunk(H: int, largest: int, most: int = MOST_CHUNKS) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rnnattn.backends import pool_gemms, regularised_steps, sequence, sequence_choice, stepwise, stepwise_backward
 from rnnattn.backends.base import Backend, Call
 from rnnattn.backends.regularised import scan_gradients
+from rnnattn.reference import STACK, stack_backward, stack_forward
 from rnnattn.reference.attention_pool import kept_steps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,35 +55,55 @@ class Triton(Backend):
             return "Triton, linear scores and pooling in one pass over x"
         return "Triton, additive scores and pooling fused; GEMMs in the backward pass"
 
+    def stacks(self, call: Call) -> bool:
+        return sequence_choice.stacks(call)
+
     def step_us(self, call: Call) -> float | None:
-        plan = sequence_choice.plan_of_call(call)
-        return None if plan is None else plan.step_us
+        as_one = self.stacks(call)
+        plan = sequence_choice.plan_of_call(call, as_one=as_one)
+        if plan is None:
+            return None
+        return plan.step_us * (call.T + call.layers - 1) / (call.T * call.layers) if as_one else plan.step_us
 
     def recurrent_layer_forward(  # type: ignore[no-untyped-def]
         self, x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
     ):
         (lengths,) = stepwise.contiguous(lengths)
-        arguments = x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
-        launch = _launch(x, h0, c0, mode, backward=False)
+        inputs, settings = (x, h0, c0, weights), (lengths, resets, reset_to_initial, has_biases)
+        launch = _launch(x, h0, c0, direction, mode, backward=False)
+        if launch is None and direction == STACK:
+
+            def layer(x, h, c, w):  # type: ignore[no-untyped-def]
+                return self.recurrent_layer_forward(x, h, c, w, *settings, "forward", mode, save)
+
+            return stack_forward(layer, *inputs)
         with _device(x):
             if launch is None:
-                return stepwise.layer_forward(_step(), *arguments)
-            return sequence.layer_forward(_sequence(), launch, sequence_choice.precision(x.dtype), *arguments)
+                return stepwise.layer_forward(_step(), *inputs, *settings, direction, mode, save)
+            precision = sequence_choice.precision(x.dtype)
+            return sequence.layer_forward(_sequence(), launch, precision, *inputs, *settings, direction, mode, save)
 
     def recurrent_layer_backward(  # type: ignore[no-untyped-def]
         self, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
         has_biases, direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
     ):  # fmt: skip
         (lengths,) = stepwise.contiguous(lengths)
-        arguments = (
-            dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases,
-            direction, mode, needs_dx, needs_dweights,
-        )  # fmt: skip
-        launch = _launch(x, h0, c0, mode, backward=True)
+        inputs, results = (dy, dh_n, dc_n, dcells, x, h0, c0, weights), (y, gates, cells)
+        ends = lengths, resets, reset_to_initial
+        launch = _launch(x, h0, c0, direction, mode, backward=True)
+        if launch is None and direction == STACK:
+
+            def layer(dy, dh, dc, dcells, x, h, c, w, y, gates, cells, needs_dx):  # type: ignore[no-untyped-def]
+                arguments = dy, dh, dc, dcells, x, h, c, w, *ends, y, gates, cells
+                return self.recurrent_layer_backward(*arguments, has_biases, "forward", mode, needs_dx, needs_dweights)
+
+            return stack_backward(layer, *inputs, *results, needs_dx)
+        settings = has_biases, direction, mode, needs_dx, needs_dweights
         with _device(x):
             if launch is None:
-                return stepwise_backward.layer_backward(_step(), *arguments)
-            return sequence.layer_backward(_sequence(), launch, sequence_choice.precision(x.dtype), *arguments)
+                return stepwise_backward.layer_backward(_step(), *inputs, *ends, *results, *settings)
+            precision = sequence_choice.precision(x.dtype)
+            return sequence.layer_backward(_sequence(), launch, precision, *inputs, *ends, *results, *settings)
 
     def regularised_scan_forward(self, *arguments):  # type: ignore[no-untyped-def]
         with _device(arguments[0]):
@@ -160,17 +181,21 @@ def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _launch(x: Tensor, h0: Tensor, c0: Tensor | None, mode: str, backward: bool) -> sequence.Launch | None:
-    """How the sequence kernels run a layer, or None: step by step, as always with a projection."""
+def _launch(
+    x: Tensor, h0: Tensor, c0: Tensor | None, direction: str, mode: str, backward: bool
+) -> sequence.Launch | None:
+    """How the sequence kernels run a layer or a stack, or None: step by step, as always with a projection."""
     (T, B, _), (K, _, H) = x.shape, h0.shape
     if c0 is not None and c0.shape[-1] != H:
         return None
-    return sequence_choice.launch_for(x.device, mode, B, T, H, x.dtype, K, backward)
+    directions, layers = (1, K) if direction == STACK else (K, 1)
+    return sequence_choice.launch_for(x.device, mode, B, T, H, x.dtype, directions, backward, layers)
 
 
 def _recurrent_kernel(call: Call) -> str:
-    forward = sequence_choice.plan_of_call(call)
-    backward = sequence_choice.plan_of_call(call, backward=True) if call.grad else None
+    as_one = sequence_choice.stacks(call)
+    forward = sequence_choice.plan_of_call(call, as_one=as_one)
+    backward = sequence_choice.plan_of_call(call, True, as_one) if call.grad else None
     if forward is None:
         return "a Triton kernel and a GEMM per step"
     return str(forward) if backward is None else f"forward {forward}; backward {backward}"

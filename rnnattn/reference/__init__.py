@@ -9,22 +9,27 @@ from rnnattn.reference.attention_pool import attention_pool_backward, attention_
 from rnnattn.reference.cells import CELLS
 from rnnattn.reference.layout import (
     DIRECTIONS,
+    STACK,
     LayerWeights,
     Resets,
     accumulation_dtype,
     previous_states,
+    reverses_of,
     scan_resets,
     split_weights,
     valid_steps,
     zero_invalid,
 )
-from rnnattn.reference.recurrent import layer_gradients, recurrent_layer_backward, recurrent_layer_forward
+from rnnattn.reference.recurrent import recurrent_layer_forward
+from rnnattn.reference.recurrent_backward import layer_gradients, recurrent_layer_backward
 from rnnattn.reference.regularised import NORM_EPS, regularised_scan_forward
+from rnnattn.reference.stack import stack_backward, stack_forward
 
 __all__ = [
     "CELLS",
     "DIRECTIONS",
     "NORM_EPS",
+    "STACK",
     "LayerWeights",
     "Resets",
     "accumulation_dtype",
@@ -35,8 +40,11 @@ __all__ = [
     "recurrent_layer_backward",
     "recurrent_layer_forward",
     "regularised_scan_forward",
+    "reverses_of",
     "scan_resets",
     "split_weights",
+    "stack_backward",
+    "stack_forward",
     "valid_steps",
     "zero_invalid",
 ]

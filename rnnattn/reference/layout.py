@@ -13,6 +13,12 @@ DIRECTIONS: dict[str, tuple[bool, ...]] = {
     "reverse": (True,),
     "bidirectional": (False, True),
 }
+STACK = "stack"  # in the place of a direction: layers on each other (`stack`)
+
+
+def reverses_of(direction: str, K: int) -> tuple[bool, ...]:
+    """Whether each of the K scans runs backwards in time."""
+    return (False,) * K if direction == STACK else DIRECTIONS[direction]
 
 
 class LayerWeights(NamedTuple):
