@@ -54,7 +54,7 @@ def _states(states, at, readable, width, first, LAST: tl.constexpr, CHUNK: tl.co
 
 @triton.jit
 def _product(w, states, at, readable, width, M: tl.constexpr, BATCH: tl.constexpr, CHUNK: tl.constexpr,
-             CHUNKS: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             CHUNKS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """[M, BATCH], what the tiles w give for the states at these addresses."""
     sums = tl.zeros((M, BATCH), tl.float32)
     loaded = ()
@@ -62,7 +62,10 @@ def _product(w, states, at, readable, width, M: tl.constexpr, BATCH: tl.constexp
         if n < CHUNKS:
             loaded += (_states(states, at, readable, width, n * CHUNK, n == CHUNKS - 1, CHUNK),)  # type: ignore[assignment]
         if n + 1 >= AHEAD:
-            sums = add_dot(sums, w[n + 1 - AHEAD], loaded[n + 1 - AHEAD], PRECISION)
+            if APART:
+                sums = add_dot(sums, w[n + 1 - AHEAD], loaded[n + 1 - AHEAD], PRECISION)
+            else:
+                sums = dot(w[n + 1 - AHEAD], loaded[n + 1 - AHEAD], sums, PRECISION)
     return sums
 
 
@@ -112,6 +115,7 @@ def _forward_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     AHEAD: tl.constexpr,
+    APART: tl.constexpr,
     BATCH: tl.constexpr,
     SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -200,7 +204,9 @@ def _forward_kernel(
             if k > 0:
                 wait(counters - 1, (n + 1) * SLICES)
                 at = (t + 1).to(tl.int64) * slot + own - width
-                a += _product(w_x, states, at, None, width, BLOCKS * UNITS, BATCH, CHUNK, CHUNKS, AHEAD, PRECISION)
+                a += _product(
+                    w_x, states, at, None, width, BLOCKS * UNITS, BATCH, CHUNK, CHUNKS, AHEAD, APART, PRECISION
+                )
         if SLICES == 1:
             b = tl.zeros((BLOCKS * UNITS, BATCH), tl.float32)
             b = dot(w[0], started.to(states.dtype.element_ty), b, PRECISION)  # type: ignore[misc]
@@ -217,7 +223,7 @@ def _forward_kernel(
                     readable = anew == 0
             at = before.to(tl.int64) * slot + own
             wait(counters, n * SLICES)
-            b = _product(w, states, at, readable, width, BLOCKS * UNITS, BATCH, CHUNK, CHUNKS, AHEAD, PRECISION)
+            b = _product(w, states, at, readable, width, BLOCKS * UNITS, BATCH, CHUNK, CHUNKS, AHEAD, APART, PRECISION)
         # Functions of the gates where the product left them: split, they would be moved and computed several times.
         activated = a + b
         if MODE == "RNN_TANH":
@@ -290,6 +296,7 @@ def sequence_forward(
     chunk: int,
     chunks: int,
     ahead: int,  # chunks of h on their way at once
+    apart: bool,  # whether their products are added up by themselves, as those of warp groups had better be
     batch_tile: int,
     warps: int,
     resident: int,  # groups in one launch; of a stack whole ones
@@ -312,8 +319,8 @@ def sequence_forward(
         _forward_kernel[(min(resident, K * tiles - first) * slices,)](
             gates_x, weights, weights_x, bias, states, c0, lengths, order, resets, gates, cells, h_n, c_n, counters, T,
             B, H, width, first, MODE=mode, K=K, REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, CHUNK=chunk,
-            CHUNKS=chunks, AHEAD=ahead, BATCH=batch_tile, SLICES=slices, PRECISION=precision, num_warps=warps,
-            num_stages=1, maxnreg=registers, launch_cooperative_grid=together,
+            CHUNKS=chunks, AHEAD=ahead, APART=apart, BATCH=batch_tile, SLICES=slices, PRECISION=precision,
+            num_warps=warps, num_stages=1, maxnreg=registers, launch_cooperative_grid=together,
         )  # fmt: skip
 
 

@@ -97,7 +97,8 @@ def launch(
         sequence_forward(
             mode, new(T, B, K_x * GH, dtype=wide), w, w_x, new(K, 4 * H, dtype=wide), new(T + 2, B, K, width), of_lstm,
             rows, rows, resets, True, False, gates, cells, states,
-            states if lstm else None, p.units, p.chunk, p.chunks, p.ahead, p.batch_tile, p.warps, p.resident, precision,
+            states if lstm else None, p.units, p.chunk, p.chunks, p.ahead, p.apart, p.batch_tile, p.warps,
+            p.resident, precision,
         )  # fmt: skip
         return
     y, da = new(T, B, K * H), new(T, B, K, -(-GH // 16) * 16)

@@ -33,6 +33,7 @@ class Launch(NamedTuple):
     chunk: int
     chunks: int
     ahead: int  # chunks of h (db) on their way at once
+    apart: bool  # whether their products are added up by themselves
     batch_tile: int
     warps: int
     resident: int  # groups in one launch
@@ -82,7 +83,8 @@ def layer_forward(
     kernels.forward(
         mode, gates_x, w_hh, w_x, bias, states, None if c0 is None else c0.to(acc).contiguous(), lengths,
         _order(lengths), _flags(anew), reset_to_initial, reverses == (True,), gates, cells, h_n, c_n, launch.units,
-        launch.chunk, launch.chunks, launch.ahead, launch.batch_tile, launch.warps, launch.resident, precision,
+        launch.chunk, launch.chunks, launch.ahead, launch.apart, launch.batch_tile, launch.warps, launch.resident,
+        precision,
     )  # fmt: skip
     y = states[1 : T + 1, ..., :H].reshape(T, B, K * H)
     return y, h_n, x.new_empty(0) if c_n is None else c_n, gates, cells

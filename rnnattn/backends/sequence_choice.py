@@ -75,7 +75,7 @@ def launch_for(
     p = plan_for(device, mode, B, T, H, dtype, directions, backward, layers=layers)
     if p.tier == "T2":
         return None
-    return Launch(p.units, p.parts, p.chunk, p.chunks, p.ahead, p.batch_tile, p.warps, p.resident)
+    return Launch(*(getattr(p, name) for name in Launch._fields))
 
 
 def precision(dtype: torch.dtype) -> str:

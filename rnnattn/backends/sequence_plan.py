@@ -47,6 +47,11 @@ RELEASE, POLL, LOAD, POINTWISE = 500, 400, 250, 250
 ROUND_TRIP = 175  # of h through a program's own shared memory
 SHARED_BYTES = 128  # that an SM reads from shared memory per cycle
 
+OF_TILES = (
+    "units", "parts", "chunk", "chunks", "ahead", "apart", "slices", "batch_tile", "batch_tiles", "programs", "warps",
+    "shared",
+)  # fmt: skip
+
 LAUNCH_US = 2.5  # of a step's kernel
 START_US = 8.0  # of the engine: a cooperative launch, and weights into shared memory
 
@@ -64,6 +69,7 @@ class Plan:
     chunk: int = 0  # columns of a part
     chunks: int = 0
     ahead: int = 0  # of them on their way at once
+    apart: bool = False  # whether their products are added up by themselves
     slices: int = 0  # programs of a group
     batch_tile: int = 0  # rows of a group
     batch_tiles: int = 0  # groups of a direction (layer)
@@ -159,10 +165,8 @@ def plan(
         tier, reason = "T0", f"one program holds all of W_hh for {best.batch_tile} rows"
     else:
         tier, reason = "T1", f"{best.slices} programs share W_hh for {best.batch_tile} rows"
-    return Plan(
-        tier, engine, reason, START_US, best.units, best.parts, best.chunk, best.chunks, best.ahead, best.slices,
-        best.batch_tile, best.batch_tiles, best.programs, _waves(best), best.warps, best.shared, layers,
-    )  # fmt: skip
+    taken = {name: getattr(best, name) for name in OF_TILES}
+    return Plan(tier, engine, reason, START_US, waves=_waves(best), layers=layers, **taken)
 
 
 def _missing(device: Device, layer: Layer, projection: int) -> str | None:

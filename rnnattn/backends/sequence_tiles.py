@@ -18,7 +18,7 @@ from rnnattn.backends.sequence_device import Device
 from rnnattn.reference import CELLS
 
 ALIGNED = 16  # numbers of a row that the kernels read at once
-CHUNK_BYTES = 512  # of a row of h: larger chunks took more registers
+CHUNK_BYTES = 512  # of a row of h: larger chunks took more registers; half of it where operands pass through them
 FMA_CHUNK, MOST_FMA_CHUNKS = 32, 32  # without tensor cores: columns of a chunk, which passes through registers
 BACKWARD_CHUNK = 64  # of a part
 SMALLEST_CHUNK, MOST_CHUNKS = 64, 8
@@ -100,6 +100,11 @@ class Tiles:
         return {9: "wgmma", 10: "tcgen05"}.get(self.device.capability // 10, "mma.sync")
 
     @functools.cached_property
+    def apart(self) -> bool:
+        """Whether the products of chunks are added up by themselves: those of warp groups would be given out anew."""
+        return self.instruction == "wgmma"
+
+    @functools.cached_property
     def parts(self) -> int:
         """One for each warp."""
         return self.warps if self.layer.backward else 1
@@ -108,6 +113,8 @@ class Tiles:
     def chunk(self) -> int:
         """Columns of a chunk, or of a part of it: larger ones where not all would fit at once, as there are fewer."""
         widest = CHUNK_BYTES // self.layer.dtype.itemsize if self.layer.tensor_cores else FMA_CHUNK
+        if self.instruction == "mma.sync":
+            widest //= 2
         if self.layer.backward:
             widest = min(BACKWARD_CHUNK, widest)
             return min(widest, max(16, 1 << (-(-self.columns // self.parts) - 1).bit_length()))
