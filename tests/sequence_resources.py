@@ -3,6 +3,7 @@
     python -m tests.sequence_resources 90 [--thorough]
 
 Plain: one direction, saving what the backward needs. Full: also lengths, resets to the initial states, both directions.
+Stack: two layers at the same time, plain.
 Bytes are those that the loop over time loads from global memory, of what programs exchange and of everything else: the
 weights are not among them.
 """
@@ -117,11 +118,12 @@ def rows(architecture: int, thorough: bool) -> Iterator[SequenceRow]:
         dtype = DTYPES[name]
         for mode, H, B in GRID if thorough else SAMPLE:
             for kernel in ("forward", "backward") if thorough or name in ("bf16", "tf32") else ():
-                for variant in ("plain", "full"):
-                    full = variant == "full"
+                for variant in ("plain", "full", "stack"):
+                    directions, layers = (2, 1) if variant == "full" else (1, 2 if variant == "stack" else 1)
                     p = sequence_plan.plan(
-                        device, mode, B, 1000, H, dtype, 1 + full, kernel == "backward", name != "fp32"
-                    )
+                        device, mode, B, 1000, H, dtype, directions, kernel == "backward", name != "fp32",
+                        layers=layers,
+                    )  # fmt: skip
                     case = f"{kernel} {mode} H={H} B={B} {variant}"
                     plans[case] = kernel, mode, H, B, name, variant, architecture, p
                     if p.tier != "T2":

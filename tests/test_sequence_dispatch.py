@@ -62,10 +62,10 @@ def test_the_engine_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.usefixtures("gpu")
 def test_fp32_is_multiplied_as_torch_may_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for setting, precision, tier in (("tf32", "tf32", "T1"), ("ieee", "ieee", "T2")):
+    for setting, precision, chunk in (("tf32", "tf32", 128), ("ieee", "ieee", 32)):
         monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", setting)
         launch = sequence_choice.launch_for(CUDA, "LSTM", 16, 1000, 512, F32, 1, False)
-        assert (launch is None) == (tier == "T2")
+        assert launch is not None and launch.chunk == chunk
         assert sequence_choice.precision(F32) == precision and sequence_choice.precision(BF16) == "ieee"
 
 
@@ -86,6 +86,43 @@ def test_explain_shows_the_plan() -> None:
 def test_without_a_gpu_there_is_no_plan() -> None:
     triton = rnnattn.backends.get("triton")
     assert triton.kernel(CALL) == "a Triton kernel and a GEMM per step" and triton.step_us(CALL) is None
+
+
+STACK_CALL = Call("lstm", "cuda", BF16, 16, 1000, 256, 256, layers=2, grad=True)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    "changes",
+    [{"layers": 1}, {"directions": 2}, {"projection": 64}, {"dropout": True}, {"in_chunks": True}, {"B": 300},
+     {"hidden": 1024}],
+    ids=str,
+)  # fmt: skip
+def test_layers_run_at_the_same_time_where_they_have_room(changes: dict[str, Any]) -> None:
+    call = dataclasses.replace(STACK_CALL, **changes)
+    assert sequence_choice.stacks(STACK_CALL) and not sequence_choice.stacks(call)
+    text = rnnattn.backends.get("triton").kernel(STACK_CALL)
+    assert (
+        "forward T1, all steps of all 2 layers in one Triton launch" in text and "; backward T1, all steps of" in text
+    )
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_stack_that_is_trained_has_to_fit_both_ways() -> None:
+    trained, inference = (Call("lstm", "cuda", F32, 16, 1000, 512, 512, layers=2, grad=grad) for grad in (True, False))
+    assert sequence_choice.stacks(inference) and not sequence_choice.stacks(trained)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_time_of_a_step_is_that_of_one_layer() -> None:
+    p, triton = plan(H100, "LSTM", 16, 1000, 256, BF16, 1, layers=2), rnnattn.backends.get("triton")
+    assert triton.step_us(STACK_CALL) == pytest.approx(p.step_us * 1001 / 2000)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_compiled_graph_holds_a_stack_for_any_length() -> None:
+    for T in (1, 1000):
+        assert sequence_choice.stacks(dataclasses.replace(STACK_CALL, T=T, B=300, compiling=True))
 
 
 class NoWait(TorchDispatchMode):

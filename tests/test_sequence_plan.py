@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from recurrent_cases import MODES
 
 from rnnattn.backends.sequence_device import DEVICES, Device, device_of_cuda
-from rnnattn.backends.sequence_plan import BATCH_TILES, Plan, owned, plan
-from rnnattn.backends.sequence_tiles import MOST_CHUNKS, chunk
+from rnnattn.backends.sequence_plan import BATCH_TILES, UNITS, Plan, owned, plan
+from rnnattn.backends.sequence_tiles import chunk
 from rnnattn.reference import CELLS
 
 H100, A100 = DEVICES["H100"], DEVICES["A100"]
@@ -36,6 +36,18 @@ class Shape(NamedTuple):
     directions: int
     backward: bool
     tensor_cores: bool
+    projection: int
+    layers: int
+
+    @property
+    def owners(self) -> int:
+        """Directions, or layers."""
+        return self.directions * self.layers
+
+
+def of_layers(shape: Shape, layers: int) -> Shape:
+    """A stack has one direction."""
+    return shape._replace(directions=1, layers=layers) if layers > 1 else shape
 
 
 shapes = st.builds(
@@ -49,7 +61,10 @@ shapes = st.builds(
     st.integers(1, 2),
     st.booleans(),
     st.booleans(),
+    st.just(0),
+    st.just(1),
 )
+shapes = st.builds(of_layers, shapes, st.sampled_from([1, 1, 2, 4]))
 
 
 def total_us(p: Plan, T: int) -> float:
@@ -68,13 +83,14 @@ def test_a_plan_fits_its_device(shape: Shape) -> None:
     assert (p.tier == "T0") == (p.slices == 1)
     assert 0 < p.shared <= shape.device.shared
     assert p.warps % 4 == 0 and p.warps * 32 <= 1024
-    assert p.batch_tile in BATCH_TILES and p.units >= 16 and p.units.bit_count() == 1
+    assert p.batch_tile in BATCH_TILES and p.units in UNITS
     columns = CELLS[shape.mode].blocks * shape.H if shape.backward else shape.H
     assert p.parts * p.chunk * (p.chunks - 1) < columns <= p.parts * p.chunk * p.chunks
     assert p.chunk >= 16 and p.chunk.bit_count() == p.parts.bit_count() == 1
-    assert shape.backward or (p.parts == 1 and p.chunks <= MOST_CHUNKS)
+    assert shape.backward or p.parts == 1
+    assert 1 <= p.ahead <= p.chunks
     assert p.tier == "T1" or shape.backward or (p.chunk, p.chunks) == (p.units, 1)
-    assert p.resident * p.slices == len(p.launches()[0])
+    assert p.resident * p.slices == len(p.launches()[0]) and p.resident % p.layers == 0
 
 
 @bounded
@@ -83,16 +99,17 @@ def test_programs_that_wait_for_each_other_run_together(shape: Shape) -> None:
     p = plan(*shape)
     launches = p.launches()
     assert list(chain(*launches)) == list(range(p.programs))
-    if p.tier == "T1":
+    if p.tier == "T1" or p.layers > 1:
+        together = p.slices * p.layers
         assert len(launches) == p.waves
-        assert all(len(launch) <= shape.device.sms and len(launch) % p.slices == 0 for launch in launches)
+        assert all(len(launch) <= shape.device.sms and len(launch) % together == 0 for launch in launches)
 
 
 @bounded
 @given(shapes)
 def test_everything_is_owned_once(shape: Shape) -> None:
     p = plan(*shape)
-    owners = torch.zeros(shape.directions, shape.B, shape.H, dtype=torch.int16)
+    owners = torch.zeros(shape.owners, shape.B, shape.H, dtype=torch.int16)
     for program in range(p.programs):
         share = owned(p, program, shape.B, shape.H)
         owners[share.direction, share.rows.start : share.rows.stop, share.units.start : share.units.stop] += 1
@@ -160,11 +177,13 @@ FORWARD_AND_BACKWARD = [
     ("H100", "LSTM", 128, 1536, BF16, "T2 T2"),
     ("H100", "LSTM", 16, 64, F32, "T0 T0"),
     ("H100", "LSTM", 16, 128, F32, "T1 T1"),
-    ("H100", "LSTM", 16, 1024, F32, "T2 T2"),
+    ("H100", "LSTM", 16, 1024, F32, "T1 T1"),
+    ("H100", "LSTM", 64, 1024, F32, "T2 T2"),
     ("H100", "GRU", 1, 512, F16, "T1 T1"),
     ("H100", "RNN_TANH", 16, 256, F16, "T0 T1"),
     ("H100", "RNN_RELU", 64, 1024, F16, "T1 T1"),
-    ("A100", "LSTM", 16, 128, BF16, "T0 T1"),
+    ("A100", "LSTM", 16, 64, BF16, "T0 T0"),
+    ("A100", "LSTM", 16, 128, BF16, "T1 T1"),
     ("A100", "LSTM", 64, 512, BF16, "T1 T1"),
     ("A100", "LSTM", 1, 1024, BF16, "T1 T1"),
     ("A100", "LSTM", 16, 1536, BF16, "T2 T2"),
@@ -184,8 +203,8 @@ def test_tiers(device: str, mode: str, B: int, H: int, dtype: torch.dtype, tiers
 
 
 @pytest.mark.parametrize("device, dtype, H, expected", [
-    (A100, BF16, 1024, (512, 2)), (A100, F32, 512, (256, 2)),
-    (H100, BF16, 1024, (1024, 1)), (H100, BF16, 768, (256, 3)),
+    (A100, BF16, 1024, (128, 8)), (A100, F32, 256, (64, 4)),
+    (H100, BF16, 1024, (256, 4)), (H100, BF16, 768, (256, 3)), (H100, BF16, 1536, (512, 3)), (H100, F32, 768, (64, 12)),
 ])  # fmt: skip
 def test_chunks_that_registers_hold(device: Device, dtype: torch.dtype, H: int, expected: tuple[int, int]) -> None:
     p = plan(device, "LSTM", 16, 1000, H, dtype, 1)
@@ -193,8 +212,8 @@ def test_chunks_that_registers_hold(device: Device, dtype: torch.dtype, H: int, 
 
 
 def test_true_fp32_takes_small_tiles_only() -> None:
-    tiers = {H: plan(H100, "LSTM", 16, 1000, H, F32, 1, tensor_cores=False).tier for H in (32, 64, 256, 512)}
-    assert tiers == {32: "T0", 64: "T1", 256: "T1", 512: "T2"}
+    tiers = {H: plan(H100, "LSTM", 16, 1000, H, F32, 1, tensor_cores=False).tier for H in (16, 64, 512, 1536)}
+    assert tiers == {16: "T0", 64: "T1", 512: "T1", 1536: "T2"}
     of_half = [plan(H100, "LSTM", 16, 1000, 512, BF16, 1, tensor_cores=on) for on in (False, True)]
     assert of_half[0] == of_half[1]
 
@@ -205,13 +224,16 @@ def test_true_fp32_takes_small_tiles_only() -> None:
         ({"dtype": F64}, "not torch.float64"),
         ({"projection": 64}, "no projection"),
         ({"device": dataclasses.replace(A100, name="T4", capability=75)}, "T4 has 7.5"),
-        ({"H": 4000}, "do not cover H=4000"),
-        ({"H": 1500, "device": A100}, "KB of shared memory, A100 gives 163"),
+        ({"H": 4000}, "KB of shared memory, H100 gives 227"),
+        ({"H": 1500, "device": A100}, "188 programs of 8 units wait for each other, A100 has 108 SMs"),
+        ({"B": 2**21}, "offsets in a step take 32 bits"),
+        ({"layers": 2, "H": 1024}, "nothing fits"),
+        ({"layers": 3, "B": 512, "H": 64}, "layers one after the other take less"),
         ({"B": 3000, "H": 1024}, "quicker than the engine"),
         ({"T": 1}, "T=1 steps do not pay"),
         ({"H": 256, "device": dataclasses.replace(H100, sms=2)}, "wait for each other, H100 has 2 SMs"),
     ],
-    ids=["dtype", "projection", "old", "chunks", "shared", "slow", "short", "sms"],
+    ids=["dtype", "projection", "old", "shared", "wait", "offsets", "stack", "layers", "slow", "short", "sms"],
 )
 def test_stepwise_says_why(changes: dict[str, object], reason: str) -> None:
     call = {"device": H100, "mode": "LSTM", "B": 16, "T": 1000, "H": 512, "dtype": BF16, "directions": 1}

@@ -93,11 +93,13 @@ class Tiles:
     def instruction(self) -> str:
         """Of the product. Triton takes those of a warp group and of the tensor memory for 64 rows and more, and not
         for parts side by side."""
+        generation = self.device.capability // 10
+        wide = self.M >= 64 and not self.layer.backward
+        if wide and generation == 10:  # true fp32, too
+            return "tcgen05"
         if not self.layer.tensor_cores:
             return "fma"
-        if self.M < 64 or self.layer.backward:
-            return "mma.sync"
-        return {9: "wgmma", 10: "tcgen05"}.get(self.device.capability // 10, "mma.sync")
+        return "wgmma" if wide and generation == 9 else "mma.sync"
 
     @functools.cached_property
     def apart(self) -> bool:
@@ -175,9 +177,11 @@ class Tiles:
         operand = layer.H * self.batch_tile * itemsize
         if layer.backward:
             few = self.row_blocks * self.units * self.batch_tile <= 2048 and operand <= 16 << 10
+        elif self.instruction == "mma.sync":
+            few = itemsize == 2 and 3 * self.M * self.batch_tile / 128 + operand / 512 <= 40
         else:
-            few = 3 * self.M * self.batch_tile / 128 + operand / 512 <= 56 and layer.layers == 1
-        return 4 if few and self.layer.tensor_cores else 8
+            few = self.instruction == "wgmma" and 3 * self.M * self.batch_tile / 128 + operand / 512 <= 56
+        return 4 if few and layer.tensor_cores and layer.layers == 1 else 8
 
     @functools.cached_property
     def threads(self) -> int:
@@ -186,8 +190,10 @@ class Tiles:
     def objection(self) -> str | None:
         """Why this does not fit, or None."""
         device, H = self.device, self.layer.H
-        if self.units >= 2 * max(H, 8):
+        if self.units >= 2 * max(H, 16):
             return f"{self.units} units are too many for H={H}"
+        if self.slices == 1 and self.units < 16:  # of a tile's columns, too
+            return f"{self.units} units are too few for one program"
         if (wanted := self.shared + SCRATCH) > device.shared:
             there = f"{device.name} gives {device.shared >> 10}"
             return f"a program of {self.units} units wants {wanted >> 10} KB of shared memory, {there}"
@@ -202,21 +208,34 @@ class Tiles:
 
     @property
     def spills(self) -> bool:
-        """Whether registers would not do, by what was compiled (benchmarks/results/sequence-kernels-*.csv)."""
-        dtype, H = self.layer.dtype, self.layer.H
-        if self.layer.backward:
-            most_chunks = 8 if dtype.itemsize == 2 else 2
-            wide = self.batch_tile > 32 or (self.batch_tile == 32 and self.chunks > most_chunks)
-            return wide or self.sums > (8 if H % 16 or not self.layer.tensor_cores else 32)
-        if self.chunks > self.ahead and (dtype.itemsize > 2 or self.ahead == 1 or self.batch_tile > 16):
+        """Whether a thread would want more registers than there are, by what was compiled: the figures of
+        benchmarks/results/sequence-kernels-*.csv, no theory."""
+        layer, itemsize, rows = self.layer, self.layer.dtype.itemsize, self.batch_tile
+        if layer.backward:
+            if self.device.capability // 10 == 9:
+                most_chunks, most_sums = 8 if itemsize == 2 else 2, 32.0
+            else:
+                most_chunks, most_sums = (
+                    4 if itemsize == 2 else 2,
+                    32.0 if itemsize == 2 else min(16.0, 40 / self.chunks),
+                )
+            if layer.H % ALIGNED or not layer.tensor_cores:
+                most_sums = min(most_sums, 8)
+            return self.sums > most_sums or rows > 32 or (rows == 32 and self.chunks > most_chunks)
+        if self.chunks > self.ahead and (itemsize > 2 or self.ahead == 1 or rows > 16 or layer.layers > 1):
             return True
+        if layer.H % ALIGNED and self.M > 64:  # rows that are read number by number
+            return True
+        need = 3 * self.sums + self.underway
+        if self.instruction == "wgmma":
+            return need > (48 if layer.layers > 1 else 104 if itemsize == 2 else 72)
+        if self.instruction == "tcgen05":  # the addresses of its operands are kept for the whole of H
+            return need > 64 or layer.H * itemsize > 256 * itemsize
         if self.instruction == "fma":
             return self.sums > 4
-        narrow = self.M < 64 and (self.layer.blocks > 1 or dtype.itemsize > 2)
-        if (narrow and self.batch_tile > 16) or (H % 16 and self.M > 64):
+        if rows > 16 and (itemsize > 2 or self.chunks > 2):
             return True
-        most = 48 if self.layer.layers > 1 else 104 if dtype.itemsize == 2 else 72
-        return 3 * self.sums + self.underway > (min(most, 80) if self.M < 64 else most)
+        return need > (32 if layer.layers > 1 else 64) if itemsize == 2 else self.sums > 8
 
 
 def chunk(H: int, largest: int, most: int = MOST_CHUNKS) -> int:
