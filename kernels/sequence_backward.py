@@ -302,6 +302,7 @@ def sequence_backward(
     slices, tiles = triton.cdiv(H, units), triton.cdiv(B, batch_tile)
     together = slices > 1 or weights_x is not None
     counters = torch.zeros(K * tiles, dtype=torch.int32, device=dh.device) if together else None
+    # maxnreg: left alone, the assembler may stop at fewer registers than there are, and spill.
     for first in range(0, K * tiles, resident):
         _backward_kernel[(min(resident, K * tiles - first) * slices,)](
             dy, dcells, weights, weights_x, y, h_prev, gates, cells, c0, lengths, order, resets, dh, dc, da,

@@ -313,8 +313,8 @@ def sequence_forward(
     slices, tiles = triton.cdiv(H, units), triton.cdiv(B, batch_tile)
     together = slices > 1 or weights_x is not None
     counters = torch.zeros(K * tiles, dtype=torch.int32, device=h_n.device) if together else None
-    # Asked for few registers the assembler stops below what there are, and spills; told of all, it spills elsewhere.
-    registers = 255 if mode.startswith("RNN") and precision != "tf32" else None
+    # The assembler may stop at fewer registers than there are, and spill; told to take all, it spills gated cells.
+    registers = 255 if mode.startswith("RNN") else None
     for first in range(0, K * tiles, resident):
         _forward_kernel[(min(resident, K * tiles - first) * slices,)](
             gates_x, weights, weights_x, bias, states, c0, lengths, order, resets, gates, cells, h_n, c_n, counters, T,

@@ -16,7 +16,7 @@ from cases import BF16, F32, F64
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnattn
-from rnnattn.backends import sequence, sequence_choice
+from rnnattn.backends import choice, sequence, sequence_choice
 from rnnattn.backends.base import Call
 from rnnattn.backends.sequence import Launch
 from rnnattn.backends.sequence_device import DEVICES
@@ -86,6 +86,28 @@ def test_explain_shows_the_plan() -> None:
 def test_without_a_gpu_there_is_no_plan() -> None:
     triton = rnnattn.backends.get("triton")
     assert triton.kernel(CALL) == "a Triton kernel and a GEMM per step" and triton.step_us(CALL) is None
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    "changes, first",
+    [
+        ({}, "triton"),
+        ({"hidden": 4096}, "torch"),
+        ({"B": 3000, "hidden": 1024}, "torch"),
+        ({"projection": 64}, "torch"),
+    ],
+    ids=["fits", "wide", "many rows", "projection"],
+)
+def test_auto_goes_by_the_plan_where_that_was_measured(
+    changes: dict[str, Any], first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = dataclasses.replace(CALL, **changes)
+    assert choice.order(call)[0][0] == "torch"
+    monkeypatch.setattr(choice, "AHEAD_OF_CUDNN", frozenset({80}))
+    assert choice.order(call)[0][0] == "torch"
+    monkeypatch.setattr(choice, "AHEAD_OF_CUDNN", frozenset({90}))
+    assert choice.order(call)[0][0] == first
 
 
 STACK_CALL = Call("lstm", "cuda", BF16, 16, 1000, 256, 256, layers=2, grad=True)
@@ -160,7 +182,7 @@ import torch, triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from rnnattn.backends import sequence, sequence_choice
+from rnnattn.backends import choice, sequence, sequence_choice
 from rnnattn.backends.sequence_device import DEVICES
 from rnnattn.backends.sequence_plan import plan
 from rnnattn.backends.triton import _sequence

@@ -10,9 +10,11 @@ import functools
 
 import torch
 
+from rnnattn.backends import sequence_choice
 from rnnattn.backends.base import Call
 from rnnattn.backends.cpp import build_info, extension_error
 
+AHEAD_OF_CUDNN: frozenset[int] = frozenset()  # compute capabilities where our sequence kernels measured so: none yet
 SMALL_POOL = 2**20  # elements of x below which a call's own cost decides
 
 
@@ -23,7 +25,9 @@ def order(call: Call) -> list[tuple[str, str]]:
         ranked = [("triton", "the kernels for a GPU"), ("cuda", "CUDA kernels, where Triton is missing"), last]
         if not call.recurrent:
             return ranked
-        return [("torch", "cuDNN: our recurrent layers are not yet measured on a GPU"), *ranked]
+        if sequence_choice.in_one_launch(call, AHEAD_OF_CUDNN):
+            return ranked
+        return [("torch", "cuDNN: our recurrent layers are not yet measured ahead of it on this GPU"), *ranked]
     ranked = [("cpp", "the kernels for a CPU"), last]
     if call.op == "attention_pool":
         full = call.dtype in (torch.float32, torch.float64) and not call.ragged and not call.compiling

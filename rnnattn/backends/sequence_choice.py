@@ -52,8 +52,21 @@ def stacks(call: Call) -> bool:
         return False
     if call.compiling:
         return call.device == "cuda"
-    passes = (False, True) if call.grad else (False,)
-    plans = [plan_of_call(call, backward, as_one=True) for backward in passes]
+    return _engine_runs(call, as_one=True)
+
+
+def in_one_launch(call: Call, capabilities: frozenset[int]) -> bool:
+    """Whether the sequence kernels run the call, both ways if it is trained, and the GPU is one of these."""
+    if not capabilities or call.compiling or call.device != "cuda" or not torch.cuda.is_available():
+        return False
+    if _device(torch.cuda.current_device()).capability not in capabilities:
+        return False
+    return _engine_runs(call, as_one=False)
+
+
+def _engine_runs(call: Call, as_one: bool) -> bool:
+    """Whether the plans of a call's passes, of which inference has one, are none of T2."""
+    plans = [plan_of_call(call, backward, as_one) for backward in ((False, True) if call.grad else (False,))]
     return all(p is not None and p.tier != "T2" for p in plans)
 
 
