@@ -9,10 +9,10 @@ compile   the kernels of the benchmarks, into the caches of their compilers
 bench     the benchmarks of the gpu suite
 report    what the folder holds of all these: table, first failures, the benchmarks' targets
 
-All of them without a name. A leg that is broken off goes on where it stopped, one that is done for the sources at hand is
-left alone; the next one runs whatever became of it. steps.jsonl has a line for every step, tests.jsonl for every test,
-LEG.log what the commands said. Needs nothing installed but torch, Triton, pytest and a compiler; pytest-xdist is used if
-it is there. On a machine without a GPU --dry-run runs little of each leg on the CPU.
+All of them without a name. A leg that is broken off goes on where it stopped, one that is done for the sources at hand
+is left alone; the next one runs whatever became of it. steps.jsonl has a line for every step, tests.jsonl for every
+test, LEG.log what the commands said. Needs torch, Triton, pytest, setuptools, ninja and compilers, for the benchmarks
+their requirements; pytest-xdist is used if it is there. --dry-run runs little of each leg on a CPU.
 """
 
 from __future__ import annotations

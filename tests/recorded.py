@@ -1,5 +1,5 @@
-"""A pytest plugin that writes a JSON line for every test as it begins and as it ends, so that a process that hangs takes
-nothing with it, and that leaves out tests whose end is there already.
+"""A pytest plugin that writes a JSON line for every test as it begins and as it ends, so that a process that hangs
+takes nothing with it, and that leaves out tests whose end is there already.
 
     RNNATTN_RECORD=tests.jsonl RNNATTN_RECORD_AS=name python -m pytest -p tests.recorded ...
 

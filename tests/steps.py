@@ -1,8 +1,8 @@
 """Commands with a time limit, and what became of them as JSON lines in a folder, so that a broken-off run goes on.
 
-A step is a command, or tests run by `tests.recorded`. A process group that runs out of time is killed. Tests are also
-killed where none of them begins or ends for `SILENCE` seconds: those under way are recorded as hung and the others go on
-in a new process, as they do behind a crash.
+A step is a command, or tests that `tests.recorded` records. What runs out of time is killed, with all its processes.
+Tests are also killed where none of them begins or ends for `SILENCE` seconds: those under way are recorded as hung, and
+the others go on in a new process, as they do behind a crash.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def _watch(
         output.flush()
         path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
         process = subprocess.Popen(
-            list(command), cwd=ROOT, env=os.environ | {"PYTHONPATH": path} | dict(environment), stdin=subprocess.DEVNULL,
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            list(command), cwd=ROOT, env=os.environ | {"PYTHONPATH": path} | dict(environment),
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         size, changed, killed = -1, time.monotonic(), False
         try:

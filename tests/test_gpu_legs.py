@@ -14,7 +14,7 @@ from tests.gpu_report import report
 from tests.steps import FAILED, PASSED, SKIPPED, TIMED_OUT, UNFINISHED, Result, Step
 
 TESTS = """
-import os, time
+import os, sys, time, types
 import pytest
 
 def test_well(): pass
@@ -25,8 +25,15 @@ def test_elsewhere(): pass
 def test_known(): assert False
 """
 HANG = "def test_hangs(): time.sleep(60)\n"
+LOSES_THE_GPU = """
+def test_loses_the_gpu():
+    def synchronize(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    cuda = types.SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize)
+    sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+    synchronize()
+"""
 CRASH = "def test_crashes(): os._exit(9)\n"
-LAST = "def test_last(): pass\n"
+LAST = "def test_last(): assert 'torch' not in sys.modules\n"
 
 
 def python(code: str, **settings: Any) -> Step:
@@ -86,18 +93,26 @@ def test_a_command_that_asks_for_it_goes_on(tmp_path: Path) -> None:
     assert counts(tmp_path / "leg.log") == 3
 
 
-def test_tests_go_on_behind_hangs_and_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one process; every test is told of, and once."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_tests_go_on_behind_hangs_and_crashes(processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test is told of, and once."""
+    side_by_side = steps.workers(processes) if processes > 1 else []
+    if processes > 1 and not side_by_side:
+        pytest.skip("pytest-xdist is not installed")
     monkeypatch.setattr(steps, "SILENCE", 3.0)
+    monkeypatch.setattr(steps.os, "cpu_count", lambda: 2)
     file = tmp_path / "test_made_up.py"
-    file.write_text(TESTS + HANG + CRASH + LAST)
-    todo = [Step("tests", "made up", [str(file), "--rootdir", str(tmp_path), "--noconftest"], tests=True)]
+    file.write_text(TESTS + LOSES_THE_GPU + HANG + CRASH + LAST)
+    arguments = [str(file), "--rootdir", str(tmp_path), "--noconftest", *side_by_side]
+    todo = [Step("tests", "made up", arguments, tests=True)]
     result = ran(todo, tmp_path)["made up"]
     assert result.status == FAILED
-    assert result.counts == {"passed": 2, "failed": 1, "skipped": 1, "xfailed": 1, "hung": 1, "crashed": 1}
-    assert [name.rpartition(":")[2] for name, _ in result.failures] == ["test_badly", "test_hangs", "test_crashes"]
-    assert "no such luck" in result.failures[0][1] and "exit 9" in result.failures[2][1]
-    assert "2 more" not in report(tmp_path) and "test_hangs" in report(tmp_path)
+    failures = {name.rpartition(":")[2]: message for name, message in result.failures}
+    assert set(failures) == {"test_badly", "test_loses_the_gpu", "test_hangs", "test_crashes"}
+    assert "no such luck" in failures["test_badly"] and "illegal memory access" in failures["test_loses_the_gpu"]
+    assert failures["test_hangs"].startswith("hung") and "crashed" in failures["test_crashes"]
+    assert result.counts["passed"] == 2 and result.counts["hung"] == 1 and sum(result.counts.values()) == 8
+    assert "test_hangs" in report(tmp_path)
 
 
 def test_tests_that_have_run_do_not_run_again(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The sequence kernels over the recurrent cases: T0, a program for all units, and T1, several that wait for each other,
-on a GPU or interpreted side by side. Each case takes one of the two, one way of cutting it, and one dtype, by turns; with
-RNNATTN_THOROUGH=1 both and all."""
+on a GPU or interpreted side by side. Each case takes one of the two, one way of cutting it, and one dtype, by turns;
+with RNNATTN_THOROUGH=1 both and all."""
 
 from __future__ import annotations
 
