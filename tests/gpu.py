@@ -1,6 +1,6 @@
 """Everything there is to know of a machine with a GPU, in legs of less than ten minutes.
 
-    python -m tests.gpu [build] [tests] [sanitize] [compile] [bench] [report] --out FOLDER [--dry-run]
+    python tests/gpu.py [build] [tests] [sanitize] [compile] [bench] [report] --out FOLDER [--dry-run]
 
 build     the extension for this GPU, and whether the GPU's backends then run
 tests     the cases of every GPU backend, on the GPU
@@ -27,8 +27,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.gpu_report import report
-from tests.steps import BAD, ROOT, Step, results, run, workers
+from gpu_report import report
+from steps import BAD, ROOT, Step, results, run, workers
 
 BACKENDS = """
 from rnnattn import backends, show_config
@@ -38,10 +38,11 @@ raise SystemExit("; ".join(f"{n}: {r}" for n in ("triton", "cuda") if (r := back
 WORKERS = 12  # processes of tests, each with a CUDA context
 ERROR_EXIT = "86"
 TOOLS = ("memcheck", "racecheck", "synccheck")
-# Both tiers in fp32 with everything at once, and one in 16 bits; of the others a plain case and a ragged one.
+# Both tiers of each cell in fp32 with everything at once, and in 16 bits; of the others a plain case and a ragged one.
 SEQUENCE_SAMPLE = ["tests/test_sequence_kernels.py", "-k", "three_programs or B17-T2-I4-H6"]
 OTHER_SAMPLE = ["tests/test_attention_pool.py", "tests/test_recurrent.py", "-k",
-                "forward_and_backward and (triton or cuda) and (B3-T5-D8 or B4-T6-D5 or B4-T5-I6-H7-len)"]  # fmt: skip
+                "forward_and_backward and (triton or cuda) and not (bf16 or nan) and "
+                "(B3-T5-D8 or B4-T6-D5 or (B4-T5-I6-H7 and len3_0_5_1-states))"]  # fmt: skip
 DRY_CASE = ["--suite", "quick", "--filter", "lstm/B1-T64-I128-H128-fp32", "--seconds", "0.01", "--backend", "auto"]
 
 
@@ -121,7 +122,7 @@ def _benchmarks(dry: bool, options: argparse.Namespace) -> list[str]:
     return [*command, "--commit", options.commit]
 
 
-def compile(dry: bool, options: argparse.Namespace) -> list[Step]:
+def compiled(dry: bool, options: argparse.Namespace) -> list[Step]:
     processes = "1" if dry else str(os.cpu_count() or 1)
     command = [*_benchmarks(dry, options), "--compile", processes, "--compile-only"]
     return [Step("compile", "kernels", command, again=True)]
@@ -132,7 +133,7 @@ def bench(dry: bool, options: argparse.Namespace) -> list[Step]:
 
 
 LEGS: dict[str, Callable[[bool, argparse.Namespace], list[Step]]] = {
-    "build": build, "tests": tests, "sanitize": sanitize, "compile": compile, "bench": bench,
+    "build": build, "tests": tests, "sanitize": sanitize, "compile": compiled, "bench": bench,
 }  # fmt: skip
 
 
@@ -156,7 +157,7 @@ def commit(of_sources: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 where a step failed or did not come to its end."""
-    parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python tests/gpu.py", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("legs", nargs="*", metavar="LEG", help=", ".join([*LEGS, "report"]) + " (all)")
     parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="folder of the results (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="little of each leg, on a CPU")
@@ -168,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"expected legs among {', '.join(LEGS)}, report, got {', '.join(sorted(unknown))}")
     import torch
 
+    sys.path.insert(0, str(ROOT))  # for benchmarks, of which the report reads the results
     if names != ["report"] and not options.dry_run and not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device here; --dry-run runs little of each leg on the CPU")
     options.out, sources = options.out.resolve(), digest()

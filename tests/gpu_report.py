@@ -1,11 +1,11 @@
-"""What a folder of `tests.gpu` holds, in one page."""
+"""What a folder of `gpu.py` holds, in one page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.steps import PASSED, SKIPPED, Result, describe, results
+from steps import PASSED, SKIPPED, Result, describe, results
 
 FAILURES = 5  # of a step
 COLUMNS = ("leg", "step", "status", "seconds", "sources", "what")

@@ -1,7 +1,7 @@
 """A pytest plugin that writes a JSON line for every test as it begins and as it ends, so that a process that hangs
 takes nothing with it, and that leaves out tests whose end is there already.
 
-    RNNATTN_RECORD=tests.jsonl RNNATTN_RECORD_AS=name python -m pytest -p tests.recorded ...
+    RNNATTN_RECORD=tests.jsonl RNNATTN_RECORD_AS=name PYTHONPATH=tests python -m pytest -p recorded ...
 
 The name tells runs in one file apart, such as those of other code. With xdist the first process writes. Where a kernel
 has broken the CUDA context, on which every further test of the process would fail, the process ends.

@@ -1,6 +1,6 @@
 """Commands with a time limit, and what became of them as JSON lines in a folder, so that a broken-off run goes on.
 
-A step is a command, or tests that `tests.recorded` records. What runs out of time is killed, with all its processes.
+A step is a command, or tests that `recorded.py` records. What runs out of time is killed, with all its processes.
 Tests are also killed where none of them begins or ends for `SILENCE` seconds: those under way are recorded as hung, and
 the others go on in a new process, as they do behind a crash.
 """
@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tests import recorded
+import recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 SILENCE = 150.0  # seconds; many kernels are compiled in fewer
@@ -124,7 +124,8 @@ def _run_tests(step: Step, folder: Path, code: str, limit: float, late: str) -> 
     """pytest, again and again until it has come to the end of its tests by itself."""
     path, run = folder / "tests.jsonl", f"{step.leg} {step.name} {code}"
     environment = dict(step.environment) | {"RNNATTN_RECORD": str(path), "RNNATTN_RECORD_AS": run}
-    command = [sys.executable, "-m", "pytest", "-p", "tests.recorded", "-p", "no:cacheprovider", "-q", "--tb=short"]
+    environment["PYTHONPATH"] = _path(Path(__file__).parent, ROOT)
+    command = [sys.executable, "-m", "pytest", "-p", "recorded", "-p", "no:cacheprovider", "-q", "--tb=short"]
     command += [*step.command, "-o", f"faulthandler_timeout={SILENCE / 2:.0f}"]
     while True:
         before = len(recorded.ended(path, run))
@@ -163,9 +164,8 @@ def _watch(
     with log.open("a") as output:
         output.write(f"\n--- {' '.join(command)}\n")
         output.flush()
-        path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
         process = subprocess.Popen(
-            list(command), cwd=ROOT, env=os.environ | {"PYTHONPATH": path} | dict(environment),
+            list(command), cwd=ROOT, env=os.environ | {"PYTHONPATH": _path(ROOT)} | dict(environment),
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         size, changed, killed = -1, time.monotonic(), False
@@ -183,6 +183,11 @@ def _watch(
     with log.open(errors="replace") as file:
         file.seek(start)
         return None if killed else process.returncode, file.read()
+
+
+def _path(*folders: Path) -> str:
+    """These before what Python's path is told to be anyway."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

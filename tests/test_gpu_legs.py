@@ -1,4 +1,4 @@
-"""`python -m tests.gpu` without a GPU: its dry run, and time limits, hangs and crashes of made-up commands."""
+"""`python tests/gpu.py` without a GPU: its dry run, and time limits, hangs and crashes of made-up commands."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpu
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as `python -m` has it
-from tests import gpu, recorded, steps
-from tests.gpu_report import report
-from tests.steps import FAILED, PASSED, SKIPPED, TIMED_OUT, UNFINISHED, Result, Step
+import recorded
+import steps
+from gpu_report import report
+from steps import FAILED, PASSED, SKIPPED, TIMED_OUT, UNFINISHED, Result, Step
 
 TESTS = """
 import os, sys, time, types
