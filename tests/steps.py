@@ -127,6 +127,7 @@ def _run_tests(step: Step, folder: Path, code: str, limit: float, late: str) -> 
     environment["PYTHONPATH"] = _path(Path(__file__).parent, ROOT)
     command = [sys.executable, "-m", "pytest", "-p", "recorded", "-p", "no:cacheprovider", "-q", "--tb=short"]
     command += [*step.command, "-o", f"faulthandler_timeout={SILENCE / 2:.0f}"]
+    stuck = 0
     while True:
         before = len(recorded.ended(path, run))
         returned, text = _watch(command, environment, folder / f"{step.leg}.log", limit, path)
@@ -140,7 +141,8 @@ def _run_tests(step: Step, folder: Path, code: str, limit: float, late: str) -> 
         for test in recorded.unfinished(path, run):
             message = f"nothing ended for {SILENCE:.0f} s" if returned is None else f"exit {returned}: {text[-200:]}"
             recorded.write(path, recorded.Line(run, test, outcome, message))
-        if len(recorded.ended(path, run)) == before:  # it does not get anywhere
+        stuck = stuck + 1 if len(recorded.ended(path, run)) == before else 0
+        if stuck == 2:  # it does not get anywhere
             return Result(
                 step.leg, step.name, code, FAILED, failures=[(step.name, text[-TAIL:])], note=f"exit {returned}"
             )

@@ -26,7 +26,8 @@ def test_known(): assert False
 """
 HANG = "def test_hangs(): time.sleep(60)\n"
 LOSES_THE_GPU = """
-def test_loses_the_gpu():
+@pytest.mark.parametrize("n", range(4))
+def test_loses_the_gpu(n):
     def synchronize(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
     cuda = types.SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize)
     sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
@@ -99,20 +100,22 @@ def test_tests_go_on_behind_hangs_and_crashes(processes: int, tmp_path: Path, mo
     side_by_side = steps.workers(processes) if processes > 1 else []
     if processes > 1 and not side_by_side:
         pytest.skip("pytest-xdist is not installed")
-    monkeypatch.setattr(steps, "SILENCE", 3.0)
+    monkeypatch.setattr(steps, "SILENCE", 6.0)
     monkeypatch.setattr(steps.os, "cpu_count", lambda: 2)
     file = tmp_path / "test_made_up.py"
-    file.write_text(TESTS + LOSES_THE_GPU + HANG + CRASH + LAST)
+    file.write_text(TESTS + LOSES_THE_GPU + CRASH + LAST + HANG)
     arguments = [str(file), "--rootdir", str(tmp_path), "--noconftest", *side_by_side]
     todo = [Step("tests", "made up", arguments, tests=True)]
     result = ran(todo, tmp_path)["made up"]
     assert result.status == FAILED
     failures = {name.rpartition(":")[2]: message for name, message in result.failures}
-    assert set(failures) == {"test_badly", "test_loses_the_gpu", "test_hangs", "test_crashes"}
-    assert "no such luck" in failures["test_badly"] and "illegal memory access" in failures["test_loses_the_gpu"]
+    lost = {f"test_loses_the_gpu[{n}]" for n in range(4)}
+    assert set(failures) == {"test_badly", "test_hangs", "test_crashes"} | lost
+    assert "no such luck" in failures["test_badly"] and all("illegal memory" in failures[name] for name in lost)
     assert failures["test_hangs"].startswith("hung") and "crashed" in failures["test_crashes"]
-    assert result.counts["passed"] == 2 and result.counts["hung"] == 1 and sum(result.counts.values()) == 8
-    assert "test_hangs" in report(tmp_path)
+    assert result.counts["passed"] == 2 and result.counts["hung"] == 1 and sum(result.counts.values()) == 11
+    assert "and 2 more, in tests.jsonl" in report(tmp_path)
+    assert counts(tmp_path / "tests.log") < 7 or processes == 1  # workers are replaced
 
 
 def test_tests_that_have_run_do_not_run_again(tmp_path: Path) -> None:
