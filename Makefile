@@ -3,6 +3,7 @@
 #   make            an editable install with the compiled kernels, in .venv
 #   make test       the tests                     ARGS="-k pooling -x" goes to pytest, WORKERS=0 runs one by one
 #   make bench      the benchmarks                ARGS=... goes to python -m benchmarks
+#   make gpu        all there is to know of a GPU: LEG=tests one leg, OUT=folder, DRY=1 without a GPU; see tests/gpu.py
 #   make plots      the README's tables and plots again, from benchmarks/results
 #   make lint       ruff and mypy
 #   make asan       the cases of the C++ backend with the address and undefined-behaviour sanitizers
@@ -37,7 +38,7 @@ SOURCES := setup.py pyproject.toml rnnattn/_version.py $(shell find csrc -not -n
 # Files go to processes whole, as their fixtures compile things, and in their order: few tests may take long.
 HAS_XDIST = $(shell $(PY) -c "import xdist; print(True)" 2> /dev/null)
 
-.PHONY: install test bench plots lint asan tsan wheel clean
+.PHONY: install test bench gpu plots lint asan tsan wheel clean
 
 install: $(STAMPS)/installed
 
@@ -46,6 +47,11 @@ test: $(STAMPS)/installed
 
 bench: $(STAMPS)/installed
 	OMP_PROC_BIND=true OMP_PLACES=cores $(PY) -m benchmarks $(ARGS)
+
+# The extension is built in place by its first leg.
+gpu: OUT ?= results/gpu
+gpu: $(READY)
+	$(PY) tests/gpu.py $(LEG) --out $(OUT) $(if $(DRY),--dry-run) $(ARGS)
 
 plots: $(STAMPS)/installed
 	$(PY) -m benchmarks --render benchmarks/results

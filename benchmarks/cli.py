@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PROCESSES",
         help="compile the cases' kernels first, in processes side by side (as many as processors)",
     )
+    p.add_argument("--compile-only", action="store_true", help="stop when --compile is done")
     p.add_argument("--render", type=Path, metavar="FOLDER", help="rewrite plots and README from result files and stop")
     p.add_argument("--readme", type=Path, default=Path("README.md"), help="of --render (%(default)s)")
     return p
@@ -93,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.compile and cases:
         for line in compiling.compile_all(cases, device, backends, options.compile):
             console.print(line, highlight=False, markup=False)
+    if options.compile_only:
+        return 0
     new = Results([Run(here, _ceilings(cases, device))], [], [])
     report.show_ceilings(new.runs[0].ceilings, console)
     options.seconds = SECONDS[suite] if options.seconds is None else options.seconds

@@ -6,6 +6,7 @@ The tables are `recurrent_cases` and `pool_cases`.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -76,8 +77,14 @@ def transposed(value: Any) -> Any:
     return value.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors: without a GPU, or by wish beside one."""
+    return not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def device_of(backend: str) -> torch.device:
-    on_gpu = torch.cuda.is_available() and backend in ("triton", "cuda")
+    """Where its kernels run."""
+    on_gpu = torch.cuda.is_available() and (backend == "cuda" or (backend == "triton" and not interpreted()))
     return torch.device("cuda" if on_gpu else "cpu")
 
 
@@ -110,13 +117,12 @@ def runs(cases: Iterable[Case], names: Iterable[str] = tuple(DTYPES), few: bool 
     is rounded wrongly there, see tolerances.py), or where there are many in these by turns, and long tests
     (few) in fp16 alone.
     """
-    interpreted = not torch.cuda.is_available()
     cases, parameters = list(cases), []
     for name in names:
         marks = _skipped(name)
         for n, case in enumerate(cases[:1] if marks else cases):
             dtypes = DTYPES[name]
-            sampled = name == "triton" and interpreted and (few or n > 0)
+            sampled = name == "triton" and interpreted() and (few or n > 0)
             if sampled:
                 dtypes = (F16,) if few else (F32, F16)
             dtypes = tuple(dtype for dtype in dtypes if case.offered(name, dtype))

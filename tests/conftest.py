@@ -44,6 +44,18 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def true_fp32() -> Iterator[None]:
+    """On a GPU torch lets recurrent layers multiply fp32 as TF32, which no tolerance of fp32 admits.
+
+    By the older switch: where the newer one is set for recurrent layers alone, torch no longer answers the older.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield

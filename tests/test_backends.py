@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import backend_parameters
+from cases import backend_parameters, device_of
 
 import rnnattn
 from rnnattn import backends
@@ -76,7 +76,7 @@ def test_use_backend_sets_and_restores() -> None:
 
 @pytest.mark.parametrize("name", backend_parameters("reference", "cpp", "triton", "cuda", "torch"))
 def test_what_is_asked_for_runs(name: str) -> None:
-    device = "cuda" if torch.cuda.is_available() and name in ("triton", "cuda") else "cpu"
+    device = device_of(name)
     model = rnnattn.SequenceClassifier(2, 4, 3).to(device)
     with rnnattn.use_backend(name):
         explanation = rnnattn.explain(model, torch.ones(1, 2, 3, device=device))

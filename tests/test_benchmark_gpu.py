@@ -294,6 +294,12 @@ def test_kernels_are_compiled_by_short_runs_of_every_implementation(monkeypatch:
     assert compiling._compiled((case, "cpu", ())) == f"not compiled {cases.name(case)}: division by zero"
 
 
+def test_compilation_alone_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = ["--suite", "quick", "--filter", "lstm/B1-T64-I128-H128-fp32", "--backend", "auto"]
+    assert cli.main([*case, "--compile", "1", "--compile-only", "--out", str(tmp_path)]) == 0
+    assert "compiled lstm/B1-T64-I128-H128-fp32" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
 def test_kernels_are_compiled_in_processes_side_by_side() -> None:
     work = [RecurrentCase(2, 5, 3, 4), PoolCase(2, 5, 8)]
     lines = sorted(compiling.compile_all(work, CPU, ["reference"], workers=2))

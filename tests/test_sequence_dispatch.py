@@ -83,6 +83,7 @@ def test_explain_shows_the_plan() -> None:
     assert "no projection" in triton.kernel(dataclasses.replace(CALL, projection=64))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_there_is_no_plan() -> None:
     triton = rnnattn.backends.get("triton")
     assert triton.kernel(CALL) == "a Triton kernel and a GEMM per step" and triton.step_us(CALL) is None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import device_of
 from tolerances import assert_close, relative_error
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from rnnattn.kernels import additive_pool, linear_pool, step_backward, step_forw
 from rnnattn.kernels.math import sigmoid, tanh, tanh_absolute  # noqa: E402
 from rnnattn.kernels.pool_parts import multiprocessors, split_time  # noqa: E402
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = device_of("triton")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 BACKEND = backends.get("triton")
 
