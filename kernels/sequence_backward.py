@@ -292,6 +292,7 @@ def sequence_backward(
     ahead: int,  # chunks of db on their way at once
     batch_tile: int,
     warps: int,
+    registers: int,  # that the assembler is to take for a thread; 0 for as many as it likes
     resident: int,  # groups in one launch; of a stack whole ones
     precision: str,
 ) -> None:
@@ -302,14 +303,13 @@ def sequence_backward(
     slices, tiles = triton.cdiv(H, units), triton.cdiv(B, batch_tile)
     together = slices > 1 or weights_x is not None
     counters = torch.zeros(K * tiles, dtype=torch.int32, device=dh.device) if together else None
-    # maxnreg: left alone, the assembler may stop at fewer registers than there are, and spill.
     for first in range(0, K * tiles, resident):
         _backward_kernel[(min(resident, K * tiles - first) * slices,)](
             dy, dcells, weights, weights_x, y, h_prev, gates, cells, c0, lengths, order, resets, dh, dc, da,
             da if db is None else db, counters, T, B, H, weights.shape[-1], da.shape[-1], first, MODE=mode, K=K,
             REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, PARTS=parts, CHUNK=chunk, CHUNKS=chunks, AHEAD=ahead,
-            BATCH=batch_tile, SLICES=slices, PRECISION=precision, num_warps=warps, num_stages=1, maxnreg=255,
-            launch_cooperative_grid=together,
+            BATCH=batch_tile, SLICES=slices, PRECISION=precision, num_warps=warps, num_stages=1,
+            maxnreg=registers or None, launch_cooperative_grid=together,
         )  # fmt: skip
 
 

@@ -299,6 +299,7 @@ def sequence_forward(
     apart: bool,  # whether their products are added up by themselves, as those of warp groups had better be
     batch_tile: int,
     warps: int,
+    registers: int,  # that the assembler is to take for a thread; 0 for as many as it likes
     resident: int,  # groups in one launch; of a stack whole ones
     precision: str,
 ) -> None:
@@ -313,14 +314,12 @@ def sequence_forward(
     slices, tiles = triton.cdiv(H, units), triton.cdiv(B, batch_tile)
     together = slices > 1 or weights_x is not None
     counters = torch.zeros(K * tiles, dtype=torch.int32, device=h_n.device) if together else None
-    # The assembler may stop at fewer registers than there are, and spill; told to take all, it spills gated cells.
-    registers = 255 if mode.startswith("RNN") else None
     for first in range(0, K * tiles, resident):
         _forward_kernel[(min(resident, K * tiles - first) * slices,)](
             gates_x, weights, weights_x, bias, states, c0, lengths, order, resets, gates, cells, h_n, c_n, counters, T,
             B, H, width, first, MODE=mode, K=K, REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, CHUNK=chunk,
             CHUNKS=chunks, AHEAD=ahead, APART=apart, BATCH=batch_tile, SLICES=slices, PRECISION=precision,
-            num_warps=warps, num_stages=1, maxnreg=registers, launch_cooperative_grid=together,
+            num_warps=warps, num_stages=1, maxnreg=registers or None, launch_cooperative_grid=together,
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 
 Plain: one direction, saving what the backward needs. Full: also lengths, resets to the initial states, both directions.
 Stack: two layers at the same time, plain.
+Spilled are accesses of the stack in the loop over time; a stack without them is one of the start, of 8 or 16 bytes.
 Bytes are those that the loop over time loads from global memory, of what programs exchange and of everything else: the
 weights are not among them.
 """
@@ -13,7 +14,9 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -53,6 +56,7 @@ class SequenceRow:
     warps: int = 0
     registers: int = 0
     stack: int = 0
+    spilled: int = 0  # loads and stores of spilled registers in the loop over time
     shared: int = 0
     tensor_core: str = ""
     exchanged: int = 0  # bytes a step
@@ -74,6 +78,22 @@ def loop_bytes(ptx: str, warps: int) -> tuple[int, int]:
                 bytes_of[".cg" in is_load[1]] += width * 32 * warps
         found = max(found, (bytes_of[True], bytes_of[False]), key=sum)
     return found
+
+
+def spills(cubin: bytes) -> int:
+    """Loads and stores of the stack in the loop over time, the longest that there is."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)
+    jumps = [(int(at, 16), re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", text)) for at, text in lines]
+    loops = [(int(jump[1], 16), at) for at, jump in jumps if jump and int(jump[1], 16) < at]
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0])
+    return sum(first <= int(at, 16) <= last and re.search(r"\b(LDL|STL)\b", text) is not None for at, text in lines)
 
 
 def launch(
@@ -99,14 +119,14 @@ def launch(
             mode, new(T, B, K_x * GH, dtype=wide), w, w_x, new(K, 4 * H, dtype=wide), new(T + 2, B, K, width), of_lstm,
             rows, rows, resets, True, False, gates, cells, states,
             states if lstm else None, p.units, p.chunk, p.chunks, p.ahead, p.apart, p.batch_tile, p.warps,
-            p.resident, precision,
+            p.registers, p.resident, precision,
         )  # fmt: skip
         return
     y, da = new(T, B, K * H), new(T, B, K, -(-GH // 16) * 16)
     sequence_backward(
         mode, y, None, w, w_x, None if cell.saved else y, None if cell.shared else new(K, T, B, H),
         gates, cells, of_lstm, rows, rows, resets, True, False, sums, of_lstm, da, None if cell.shared else da, p.units,
-        p.parts, p.chunk, p.chunks, p.ahead, p.batch_tile, p.warps, p.resident, precision,
+        p.parts, p.chunk, p.chunks, p.ahead, p.batch_tile, p.warps, p.registers, p.resident, precision,
     )  # fmt: skip
 
 
@@ -135,7 +155,8 @@ def rows(architecture: int, thorough: bool) -> Iterator[SequenceRow]:
         exchanged, loaded = loop_bytes(kernel.asm["ptx"], row.warps)
         yield SequenceRow(
             *key, p.tier, round(p.step_us, 2), p.units, p.slices, p.batch_tile, p.parts, p.chunk, p.chunks, row.warps,
-            row.registers, row.stack, row.shared, row.tensor_core, exchanged, loaded,
+            row.registers, row.stack, spills(kernel.asm["cubin"]) if row.stack else 0, row.shared, row.tensor_core,
+            exchanged, loaded,
         )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def test_they_fit_and_do_not_spill(rows: list[dict[str, str]]) -> None:
     for row in rows:
         assert int(row["shared"]) <= SHARED_LIMIT[int(row["architecture"])], row
         assert row["tensor_core"], row
-        assert int(row["stack"]) == 0, row
+        assert int(row["spilled"]) == 0 and int(row["stack"]) <= 16, row
 
 
 def test_weights_are_loaded_before_the_loop(rows: list[dict[str, str]]) -> None:

@@ -163,7 +163,7 @@ def test_the_host_waits_for_nothing(mode: str) -> None:
     T, B, I, H, K = 5, 4, 3, 8, 2
     G = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1}[mode]
     nothing = SimpleNamespace(forward=lambda *arguments: None, backward=lambda *arguments: None)
-    launch = Launch(16, 2, 16, 1, 1, False, 16, 4, 1)
+    launch = Launch(16, 2, 16, 1, 1, False, 16, 4, 0, 1)
     x, h0, c0 = torch.randn(T, B, I), torch.randn(K, B, H), torch.randn(K, B, H) if mode == "LSTM" else None
     weights = [t for _ in range(K) for t in (torch.randn(G * H, I), torch.randn(G * H, H), *[torch.randn(G * H)] * 2)]
     lengths, resets = torch.tensor([5, 0, 3, 1]), torch.rand(T, B) > 0.5

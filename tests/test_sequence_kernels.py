@@ -34,7 +34,7 @@ def tiles(tier: str, mode: str, H: int, backward: bool) -> Launch:
     units, parts = 16 if tier == "T1" else whole, 2 if backward else 1
     chunk = 16 if backward or tier == "T1" else whole
     chunks = -(-columns // (parts * chunk))
-    return Launch(units, parts, chunk, chunks, min(2, chunks), H % 2 == 0, 16, 4, 1 if tier == "T1" else 100)
+    return Launch(units, parts, chunk, chunks, min(2, chunks), H % 2 == 0, 16, 4, 0, 1 if tier == "T1" else 100)
 
 
 def could_stack(call: Call) -> bool:

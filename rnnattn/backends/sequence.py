@@ -36,6 +36,7 @@ class Launch(NamedTuple):
     apart: bool  # whether their products are added up by themselves
     batch_tile: int
     warps: int
+    registers: int  # that the assembler is to take for a thread; 0 for as many as it likes
     resident: int  # groups in one launch
 
 
@@ -83,8 +84,8 @@ def layer_forward(
     kernels.forward(
         mode, gates_x, w_hh, w_x, bias, states, None if c0 is None else c0.to(acc).contiguous(), lengths,
         _order(lengths), _flags(anew), reset_to_initial, reverses == (True,), gates, cells, h_n, c_n, launch.units,
-        launch.chunk, launch.chunks, launch.ahead, launch.apart, launch.batch_tile, launch.warps, launch.resident,
-        precision,
+        launch.chunk, launch.chunks, launch.ahead, launch.apart, launch.batch_tile, launch.warps,
+        launch.registers, launch.resident, precision,
     )  # fmt: skip
     y = states[1 : T + 1, ..., :H].reshape(T, B, K * H)
     return y, h_n, x.new_empty(0) if c_n is None else c_n, gates, cells
@@ -133,7 +134,7 @@ def layer_backward(
         _padded([w.w_ih for w in parts[1:]])[0] if stacked else None, None if cell.saved else y.contiguous(),
         None if cell.shared else h_prev, gates_k, cells_k, c_full, lengths, _order(lengths), _flags(anew),
         reset_to_initial, reverses == (True,), dh, dc, da, db, launch.units, launch.parts, launch.chunk, launch.chunks,
-        launch.ahead, launch.batch_tile, launch.warps, launch.resident, precision,
+        launch.ahead, launch.batch_tile, launch.warps, launch.registers, launch.resident, precision,
     )  # fmt: skip
     dx: Tensor | None = None
     dweights: list[Tensor] | None = [] if needs_dweights else None

@@ -49,7 +49,7 @@ SHARED_BYTES = 128  # that an SM reads from shared memory per cycle
 
 OF_TILES = (
     "units", "parts", "chunk", "chunks", "ahead", "apart", "slices", "batch_tile", "batch_tiles", "programs", "warps",
-    "shared",
+    "registers", "shared",
 )  # fmt: skip
 
 LAUNCH_US = 2.5  # of a step's kernel
@@ -76,6 +76,7 @@ class Plan:
     programs: int = 0  # of all waves
     waves: int = 0
     warps: int = 0  # of a program
+    registers: int = 0  # that the assembler is to take for a thread; 0 for as many as it likes
     shared: int = 0  # bytes of a program: weights and what is there of h (db), without the compiler's scratch
     layers: int = 1  # that run at the same time
 

@@ -184,6 +184,11 @@ class Tiles:
         return 4 if few and layer.tensor_cores and layer.layers == 1 else 8
 
     @functools.cached_property
+    def registers(self) -> int:
+        """All that there are, where the assembler was seen to stop at fewer and spill; 0 where it spilled with all."""
+        return 255 if self.layer.backward or self.layer.blocks == 1 else 0
+
+    @functools.cached_property
     def threads(self) -> int:
         return 32 * self.warps
 
