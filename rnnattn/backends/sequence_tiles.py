@@ -186,7 +186,8 @@ class Tiles:
     @functools.cached_property
     def registers(self) -> int:
         """All that there are, where the assembler was seen to stop at fewer and spill; 0 where it spilled with all."""
-        return 255 if self.layer.backward or self.layer.blocks == 1 else 0
+        small = self.instruction == "mma.sync" and self.layer.H * self.layer.dtype.itemsize <= 512
+        return 255 if self.layer.backward or self.layer.blocks == 1 or small else 0
 
     @functools.cached_property
     def threads(self) -> int:
