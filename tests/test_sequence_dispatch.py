@@ -132,7 +132,7 @@ def test_layers_run_at_the_same_time_where_they_have_room(changes: dict[str, Any
 
 @pytest.mark.usefixtures("gpu")
 def test_a_stack_that_is_trained_has_to_fit_both_ways() -> None:
-    trained, inference = (Call("lstm", "cuda", F32, 16, 1000, 512, 512, layers=2, grad=grad) for grad in (True, False))
+    trained, inference = (Call("lstm", "cuda", BF16, 16, 1000, 650, 650, layers=2, grad=grad) for grad in (True, False))
     assert sequence_choice.stacks(inference) and not sequence_choice.stacks(trained)
 
 
