@@ -67,7 +67,9 @@ def run_stack(
             dropout > 0 and training, regularised,
         )  # fmt: skip
         backend = backends.select(call).backend
-        as_one = backends.get(backend).stacks(call)
+        # Layers below all that are trained are left out of a backward of their own.
+        frozen = call.grad and not wants_grad(x, h0, c0, *weights[: len(weights) // num_layers])
+        as_one = not frozen and backends.get(backend).stacks(call)
     padded_for = packing if regularised or in_chunks or not backends.get(backend).reads_packed else None
     if padded_for is not None:
         x, packing = padded_for.padded(x), None
@@ -186,9 +188,9 @@ def _call(
 ) -> Call:
     """What `backends.select` needs to know."""
     I, R = x.shape[-1], h0.shape[-1]
-    H = R if c0 is None else c0.shape[-1]
+    H, projected = R if c0 is None else c0.shape[-1], len(weights) // (num_layers * K) % 2 == 1  # by w_hr
     return Call(
-        op_name(mode), x.device.type, x.dtype, B, T, I, H, num_layers, K, R if R != H else 0, ragged,
+        op_name(mode), x.device.type, x.dtype, B, T, I, H, num_layers, K, R if projected else 0, ragged,
         wants_grad(x, h0, c0, *weights), torch.compiler.is_compiling(), resets, in_chunks, cells,
         dropout, regularised,
     )  # fmt: skip

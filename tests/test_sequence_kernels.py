@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 import side_by_side
 
+import rnnattn
 from rnnattn.backends import Call, sequence_choice
 from rnnattn.backends.sequence import Launch
 from rnnattn.reference import CELLS
@@ -31,7 +32,8 @@ def tiles(tier: str, mode: str, H: int, backward: bool) -> Launch:
     """The smallest that there are in T1, so that there are several programs, chunks and launches; one of all in T0."""
     columns = CELLS[mode].blocks * H if backward else H
     whole = max(16, 1 << (H - 1).bit_length())
-    units, parts = 16 if tier == "T1" else whole, 2 if backward else 1
+    units = whole if tier == "T0" else 8 if 8 < H <= 16 else 16
+    parts = (2, 4, 8)[H % 3] if backward else 1
     chunk = 16 if backward or tier == "T1" else whole
     chunks = -(-columns // (parts * chunk))
     return Launch(units, parts, chunk, chunks, min(2, chunks), H % 2 == 0, 16, 4, 0, 1 if tier == "T1" else 100)
@@ -96,3 +98,33 @@ def test_rows_of_several_tiles_end_by_themselves_on_triton(tier: str) -> None:
     lengths = tuple(n % 4 for n in range(33)) + (0,) * 4
     case = RecurrentCase(37, 4, 3, 5, "", lengths=lengths, direction="bidirectional", states=True, nan=True)
     assert_close(run(case, F32), truth(case, F32), case.op, F32, "triton")
+
+
+@pytest.mark.parametrize("tier", ["T0"], indirect=True)
+@pytest.mark.parametrize("H", [5, 16])
+@pytest.mark.parametrize("direction", ["forward", "bidirectional", "stack"])
+def test_the_operator_on_triton(direction: str, H: int, tier: str) -> None:
+    """Among others that results are nobody else's memory and lie as a compiler expects, for any H."""
+    K, draw = 1 if direction == "forward" else 2, torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw).to(device_of("triton"))
+
+    x, h0 = normal(4, 3, H).requires_grad_(), normal(K, 3, H)
+    weights = [w.requires_grad_() for _ in range(K) for w in (normal(3 * H, H), normal(3 * H, H))]
+    arguments = x, h0, None, weights, None, None, False, False, direction, "GRU", True, "triton"
+    torch.library.opcheck(torch.ops.rnnattn.recurrent_layer.default, arguments)
+    y = torch.ops.rnnattn.recurrent_layer(*arguments)[0].detach()
+    assert y.is_contiguous() and y.storage_offset() == 0 and not y._is_view()
+
+
+@pytest.mark.parametrize("tier", ["T0"], indirect=True)
+def test_a_projection_to_as_many_units_is_none_of_the_engine_on_triton(tier: str) -> None:
+    on = device_of("triton")
+    x, h0, c0 = (torch.randn(shape, device=on) for shape in ((4, 3, 5), (1, 3, 6), (1, 3, 6)))
+    weights = [torch.randn(shape, device=on) for shape in ((24, 5), (24, 6), (6, 6))]
+    results = []
+    for backend in ("triton", "reference"):
+        with rnnattn.use_backend(backend):
+            results.append(rnnattn.functional.lstm(x, (h0, c0), weights, has_biases=False)[0])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

@@ -195,6 +195,26 @@ def test_a_compiled_stack_is_one_operator(as_one: list[str]) -> None:
     assert [len(nodes) for nodes in seen] == [1]
 
 
+def test_frozen_layers_below_are_left_out_of_the_backward(as_one: list[str]) -> None:
+    module = ours("GRU")
+    for name, p in module.named_parameters():
+        p.requires_grad_(name.endswith(f"l{L - 1}"))
+    module(torch.randn(T, B, I))
+    assert as_one == ["forward"] * L
+
+
+@pytest.mark.parametrize("mode", ["LSTM", "GRU"])
+def test_a_stack_of_one_layer_is_a_layer(mode: str) -> None:
+    weights = list(stack(mode).parameters())[:4]
+    h0, c0 = (None if state is None else state[:1] for state in states(mode))
+    x = torch.randn(T, B, I, dtype=F64)
+    found, expected = (
+        recurrent_layer_forward(x, h0, c0, weights, None, None, False, True, direction, mode)
+        for direction in (STACK, "forward")
+    )
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
 def test_the_operator(mode: str, backend: str) -> None:

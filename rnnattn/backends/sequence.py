@@ -64,8 +64,8 @@ def layer_forward(
     mode: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`rnnattn.reference.recurrent_layer_forward`."""
-    cell, stacked = CELLS[mode], direction == STACK
+    """`rnnattn.reference.recurrent_layer_forward`, of one row and step at least."""
+    cell, stacked = CELLS[mode], direction == STACK and len(h0) > 1
     (T, B, I), (K, _, H), acc = x.shape, h0.shape, accumulation_dtype(x.dtype)
     reverses = reverses_of(direction, K)
     parts = split_weights(weights, has_biases, K)
@@ -87,7 +87,8 @@ def layer_forward(
         launch.chunk, launch.chunks, launch.ahead, launch.apart, launch.batch_tile, launch.warps,
         launch.registers, launch.resident, precision,
     )  # fmt: skip
-    y = states[1 : T + 1, ..., :H].reshape(T, B, K * H)
+    y = x.new_empty(T, B, K * H)  # no view: the caller may do with it what it likes
+    y.view(T, B, K, H).copy_(states[1 : T + 1, ..., :H])
     return y, h_n, x.new_empty(0) if c_n is None else c_n, gates, cells
 
 
@@ -115,15 +116,17 @@ def layer_backward(
     needs_dx: bool,
     needs_dweights: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor] | None]:
-    """`rnnattn.reference.recurrent_layer_backward`."""
-    cell, stacked = CELLS[mode], direction == STACK
+    """`rnnattn.reference.recurrent_layer_backward`, of one row and step at least."""
+    cell, stacked = CELLS[mode], direction == STACK and len(h0) > 1
     (T, B, I), (K, _, H), acc = x.shape, h0.shape, accumulation_dtype(x.dtype)
     reverses = reverses_of(direction, K)
     parts = split_weights(weights, has_biases, K)
     GH, outputs = cell.blocks * H, y.chunk(K, -1)
     anew = [scan_resets(resets, reset_to_initial, h0[k], None, lengths, reverse) for k, reverse in enumerate(reverses)]
-    each = zip(outputs, h0, anew, reverses, strict=True)
-    h_prev = torch.stack([started_from(y_k, h0_k, lengths, reset, reverse) for y_k, h0_k, reset, reverse in each])
+    h_prev: Tensor | None = None
+    if needs_dweights or not cell.shared:
+        each = zip(outputs, h0, anew, reverses, strict=True)
+        h_prev = torch.stack([started_from(y_k, h_k, lengths, reset, reverse) for y_k, h_k, reset, reverse in each])
     dy, gates_k, cells_k = contiguous(dy, gates if cell.saved else None, cells if cell.has_c else None)
     c_full = None if c0 is None else c0.to(acc).contiguous()
     dh, dc = start(dh_n, h0), None if c0 is None else start(dc_n, c0)
@@ -143,7 +146,7 @@ def layer_backward(
         if needs_dx and not (stacked and k):
             part = matmul(da_k.reshape(T * B, GH), w.w_ih)
             dx = part if dx is None else dx.add_(part)
-        if dweights is not None:
+        if dweights is not None and h_prev is not None:
             dweights += layer_gradients(
                 da_k, db_k, None, outputs[k - 1] if stacked and k else x, h_prev[k], gates[k] if cell.saved else None,
                 cells[k] if cell.has_c else None, w, lengths,

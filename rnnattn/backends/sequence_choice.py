@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 
@@ -12,6 +13,7 @@ from rnnattn.backends.sequence import Launch
 from rnnattn.backends.sequence_device import Device, device_of_cuda
 from rnnattn.backends.sequence_plan import Plan, plan
 
+MANY = 10**6  # steps, for which starting the engine always pays
 OF_OP = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN_TANH"}  # a cell of the operation; plans know no more of it
 
 
@@ -29,7 +31,8 @@ def plan_for(
 ) -> Plan:
     """The plan of a layer, or of layers at the same time, on a CUDA device."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _plan(_device(index), mode, B, T, H, dtype, directions, backward, takes_tf32(), projection, layers)
+    off = os.environ.get("RNNATTN_SEQUENCE") == "0"
+    return plan(_device(index), mode, B, T, H, dtype, directions, backward, takes_tf32(), projection, layers, off)
 
 
 def plan_of_call(call: Call, backward: bool = False, as_one: bool = False) -> Plan | None:
@@ -46,12 +49,15 @@ def plan_of_call(call: Call, backward: bool = False, as_one: bool = False) -> Pl
 
 
 def stacks(call: Call) -> bool:
-    """Whether the layers of the call are to run at the same time. A graph that is compiled for any T and B says so
-    wherever they can: the plan is made when it runs."""
+    """Whether the layers of the call are one operation. In a graph that is compiled for any T and B they are so where
+    they could ever run at the same time; the plan is made when it runs."""
+    return runs_as_one(dataclasses.replace(call, B=1, T=MANY) if call.compiling else call)
+
+
+def runs_as_one(call: Call) -> bool:
+    """Whether the layers of the call run at the same time, both ways if they are trained."""
     if call.layers == 1 or call.directions > 1 or call.projection or call.dropout or call.in_chunks or call.regularised:
         return False
-    if call.compiling:
-        return call.device == "cuda"
     return _engine_runs(call, as_one=True)
 
 
@@ -83,7 +89,7 @@ def launch_for(
 ) -> Launch | None:
     """How the sequence kernels are to run a layer, or layers at the same time; None for step by step, and for one after
     the other. As in the interpreter, where programs do not run at the same time."""
-    if device.type != "cuda" or 0 in (B, T) or os.environ.get("RNNATTN_SEQUENCE") == "0":
+    if device.type != "cuda" or 0 in (B, T):
         return None
     p = plan_for(device, mode, B, T, H, dtype, directions, backward, layers=layers)
     if p.tier == "T2":
@@ -98,9 +104,6 @@ def precision(dtype: torch.dtype) -> str:
 
 def takes_tf32() -> bool:
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined,no-any-return]
-
-
-_plan = functools.lru_cache(maxsize=4096)(plan)
 
 
 @functools.cache

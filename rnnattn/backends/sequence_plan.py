@@ -31,6 +31,7 @@ the kernels' constants are the same for every T, and few for all B.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -139,19 +140,21 @@ def plan(
     tensor_cores: bool = True,
     projection: int = 0,
     layers: int = 1,
+    off: bool = False,
 ) -> Plan:
     """The plan with the least modelled time. tensor_cores: whether fp32 may be multiplied as TF32. Of several layers
-    (that have one direction) the plan to run them at the same time; in T2 they had better run one after the other."""
+    (that have one direction) the plan to run them at the same time; in T2 they had better run one after the other.
+    off: the engine is not to be taken."""
     layer = Layer(mode, B, H, dtype, directions, backward, tensor_cores or dtype.itemsize == 2, layers)
     stepwise = layers * _stepwise_us(device, layer)
+    if off:
+        return Plan("T2", stepwise, "the engine is switched off (RNNATTN_SEQUENCE=0)")
     if (reason := _missing(device, layer, projection)) is not None:
         return Plan("T2", stepwise, reason)
-    candidates = [Tiles(device, layer, units, batch_tile) for units in UNITS for batch_tile in BATCH_TILES]
-    fitting = [tiles for tiles in candidates if tiles.objection() is None]
-    if not fitting:
-        return Plan("T2", stepwise, f"nothing fits: {candidates[0].objection()}")
-    fitting = [tiles for tiles in fitting if tiles.units > UNITS[0]] or fitting  # with 16 a warp group multiplies
-    engine, _, _, best = min((_engine_us(tiles), tiles.units, tiles.batch_tile, tiles) for tiles in fitting)
+    best = _best(device, layer)
+    if isinstance(best, str):
+        return Plan("T2", stepwise, f"nothing fits: {best}")
+    engine = _engine_us(best)
     if engine >= stepwise:
         return Plan(
             "T2", stepwise, f"quicker than the engine, which would take {engine:.1f} us in {_waves(best)} waves"
@@ -168,6 +171,17 @@ def plan(
         tier, reason = "T1", f"{best.slices} programs share W_hh for {best.batch_tile} rows"
     taken = {name: getattr(best, name) for name in OF_TILES}
     return Plan(tier, engine, reason, START_US, waves=_waves(best), layers=layers, **taken)
+
+
+@functools.lru_cache(maxsize=4096)
+def _best(device: Device, layer: Layer) -> Tiles | str:
+    """The tiles with the least modelled time, or why none fit; what a new T does not change."""
+    candidates = [Tiles(device, layer, units, batch_tile) for units in UNITS for batch_tile in BATCH_TILES]
+    fitting = [tiles for tiles in candidates if tiles.objection() is None]
+    if not fitting:
+        return str(candidates[0].objection())
+    fitting = [tiles for tiles in fitting if tiles.units > UNITS[0]] or fitting  # with 16 a warp group multiplies
+    return min(fitting, key=lambda tiles: (_engine_us(tiles), tiles.units, tiles.batch_tile))
 
 
 def _missing(device: Device, layer: Layer, projection: int) -> str | None:

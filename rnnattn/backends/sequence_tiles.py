@@ -22,7 +22,7 @@ CHUNK_BYTES = 512  # of a row of h: larger chunks took more registers; half of i
 FMA_CHUNK, MOST_FMA_CHUNKS = 32, 32  # without tensor cores: columns of a chunk, which passes through registers
 BACKWARD_CHUNK = 64  # of a part
 SMALLEST_CHUNK, MOST_CHUNKS = 64, 8
-SCRATCH = 3 << 10  # bytes of shared memory for changes of layout: compiled sketches took none to 4 KB
+SCRATCH = 3 << 10  # bytes of shared memory for changes of layout; in T0 as much as the sums take more
 MOST_UNDERWAY = 96  # registers of a thread for what is on its way
 
 
@@ -200,7 +200,8 @@ class Tiles:
             return f"{self.units} units are too many for H={H}"
         if self.slices == 1 and self.units < 16:  # of a tile's columns, too
             return f"{self.units} units are too few for one program"
-        if (wanted := self.shared + SCRATCH) > device.shared:
+        sums = 4 * self.M * self.batch_tile if self.slices == 1 else 0
+        if (wanted := self.shared + SCRATCH + sums) > device.shared:
             there = f"{device.name} gives {device.shared >> 10}"
             return f"a program of {self.units} units wants {wanted >> 10} KB of shared memory, {there}"
         if self.together > 1 and self.together > device.sms:

@@ -59,7 +59,7 @@ class Triton(Backend):
         return sequence_choice.stacks(call)
 
     def step_us(self, call: Call) -> float | None:
-        as_one = self.stacks(call)
+        as_one = sequence_choice.runs_as_one(call)
         plan = sequence_choice.plan_of_call(call, as_one=as_one)
         if plan is None:
             return None
@@ -70,7 +70,7 @@ class Triton(Backend):
     ):
         (lengths,) = stepwise.contiguous(lengths)
         inputs, settings = (x, h0, c0, weights), (lengths, resets, reset_to_initial, has_biases)
-        launch = _launch(x, h0, c0, direction, mode, backward=False)
+        launch = _launch(x, h0, weights, direction, mode, backward=False)
         if launch is None and direction == STACK:
 
             def layer(x, h, c, w):  # type: ignore[no-untyped-def]
@@ -90,7 +90,7 @@ class Triton(Backend):
         (lengths,) = stepwise.contiguous(lengths)
         inputs, results = (dy, dh_n, dc_n, dcells, x, h0, c0, weights), (y, gates, cells)
         ends = lengths, resets, reset_to_initial
-        launch = _launch(x, h0, c0, direction, mode, backward=True)
+        launch = _launch(x, h0, weights, direction, mode, backward=True)
         if launch is None and direction == STACK:
 
             def layer(dy, dh, dc, dcells, x, h, c, w, y, gates, cells, needs_dx):  # type: ignore[no-untyped-def]
@@ -182,18 +182,18 @@ def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def _launch(
-    x: Tensor, h0: Tensor, c0: Tensor | None, direction: str, mode: str, backward: bool
+    x: Tensor, h0: Tensor, weights: list[Tensor], direction: str, mode: str, backward: bool
 ) -> sequence.Launch | None:
     """How the sequence kernels run a layer or a stack, or None: step by step, as always with a projection."""
     (T, B, _), (K, _, H) = x.shape, h0.shape
-    if c0 is not None and c0.shape[-1] != H:
+    if len(weights) // K % 2:  # w_hr
         return None
     directions, layers = (1, K) if direction == STACK else (K, 1)
     return sequence_choice.launch_for(x.device, mode, B, T, H, x.dtype, directions, backward, layers)
 
 
 def _recurrent_kernel(call: Call) -> str:
-    as_one = sequence_choice.stacks(call)
+    as_one = sequence_choice.runs_as_one(call)
     forward = sequence_choice.plan_of_call(call, as_one=as_one)
     backward = sequence_choice.plan_of_call(call, True, as_one) if call.grad else None
     if forward is None:
