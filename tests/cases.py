@@ -5,9 +5,10 @@ The tables are `recurrent_cases` and `pool_cases`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import pytest
@@ -75,6 +76,17 @@ def transposed(value: Any) -> Any:
     if not isinstance(value, Tensor) or value.dim() < 2:
         return value
     return value.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@contextlib.contextmanager
+def recurrent_precision(of_fp32: str) -> Iterator[None]:
+    """torch's switch for recurrent layers: tf32 or ieee."""
+    rnn: Any = torch.backends.cudnn.rnn
+    before, rnn.fp32_precision = rnn.fp32_precision, of_fp32
+    try:
+        yield
+    finally:
+        rnn.fp32_precision = before
 
 
 def interpreted() -> bool:

@@ -49,10 +49,10 @@ def true_fp32() -> Iterator[None]:
 
     By the older switch: where the newer one is set for recurrent layers alone, torch no longer answers the older.
     """
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    with torch.backends.__allow_nonbracketed_mutation():  # PyTorch's own test tools, once imported, freeze switches
+        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+        yield
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture(scope="session", autouse=True)

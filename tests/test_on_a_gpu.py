@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 import torch
-from cases import BF16, F16, F32, device_of, interpreted, moved, truth
+from cases import BF16, F16, F32, device_of, interpreted, moved, recurrent_precision, truth
 from recurrent_cases import RecurrentCase
 from tolerances import TOLERANCES, relative_error
 from torch import Tensor, nn
@@ -173,13 +173,12 @@ def test_another_device_than_the_current_one(shape: tuple[int, int, int], kernel
 
 
 @pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])
-def test_fp32_as_tf32(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_as_tf32(mode: str) -> None:
     """Where torch's switch admits it, operands have the digits of fp16: so does the error, in units of its eps."""
-    rnn: Any = torch.backends.cudnn.rnn
-    monkeypatch.setattr(rnn, "fp32_precision", "tf32")
     case = RecurrentCase(16, 24, 32, 256, "tf32", mode, states=True)
-    takes_a_sequence(case.B, case.T, case.H, F32, mode)
-    got, want = case.run(moved(case.tensors(F32), device_of("triton")), "triton"), truth(case, F32)
+    with recurrent_precision("tf32"):
+        takes_a_sequence(case.B, case.T, case.H, F32, mode)
+        got, want = case.run(moved(case.tensors(F32), device_of("triton")), "triton"), truth(case, F32)
     eps = torch.finfo(F16).eps
     for name, value in got.items():
         allowed = TOLERANCES[case.op + ("_backward" if name.startswith("d") else "")][F16]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, F32, F64
+from cases import BF16, F32, F64, recurrent_precision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnnattn
@@ -61,12 +61,12 @@ def test_the_engine_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("gpu")
-def test_fp32_is_multiplied_as_torch_may_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for setting, precision, chunk in (("tf32", "tf32", 128), ("ieee", "ieee", 32)):
-        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", setting)
-        launch = sequence_choice.launch_for(CUDA, "LSTM", 16, 1000, 512, F32, 1, False)
-        assert launch is not None and launch.chunk == chunk
-        assert sequence_choice.precision(F32) == precision and sequence_choice.precision(BF16) == "ieee"
+def test_fp32_is_multiplied_as_torch_may_multiply_it() -> None:
+    for setting, chunk in (("tf32", 128), ("ieee", 32)):
+        with recurrent_precision(setting):
+            launch = sequence_choice.launch_for(CUDA, "LSTM", 16, 1000, 512, F32, 1, False)
+            assert launch is not None and launch.chunk == chunk
+            assert sequence_choice.precision(F32) == setting and sequence_choice.precision(BF16) == "ieee"
 
 
 CALL = Call("lstm", "cuda", BF16, 16, 1000, 512, 512, grad=True)
