@@ -16,54 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rnnattn.kernels.grid_barrier import arrive, load_shared, wait
-from rnnattn.kernels.math import dot, tanh, uniform
-
-
-@triton.jit
-def _weights(weights, unit, H, GH, width, first, PARTS: tl.constexpr, CHUNK: tl.constexpr):
-    """[PARTS, UNITS, CHUNK] of W_hh^T, zero beyond it."""
-    column = first + tl.arange(0, PARTS)[:, None, None] * CHUNK + tl.arange(0, CHUNK)[None, None, :]
-    mask = (column < GH) & (unit < H)[None, :, None]
-    return tl.load(weights + column.to(tl.int64) * width + unit[None, :, None], mask, 0.0)
-
-
-@triton.jit
-def _gradients(db, at, GH, first, LAST: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr):
-    """db^T [PARTS, CHUNK, BATCH] of rows at these addresses. (Masks take registers: only the last chunk may reach
-    beyond a row.)"""
-    column = first + tl.arange(0, PARTS)[:, None, None] * CHUNK + tl.arange(0, CHUNK)[None, :, None]
-    if LAST:
-        return load_shared(db + at[None, None, :] + column, column < GH, 0.0)
-    return load_shared(db + at[None, None, :] + column)
-
-
-@triton.jit
-def _total(sums, UNITS: tl.constexpr, BATCH: tl.constexpr, PARTS: tl.constexpr):
-    """The sum of the parts [PARTS, UNITS, BATCH] of several warps, a thread for each element: `tl.sum` leaves all of it
-    in every warp, and what is computed with it goes on like that."""
-    total = tl.permute(sums, (1, 2, 0))
-    if PARTS == 8:
-        a, b = tl.split(tl.reshape(total, (UNITS, BATCH, 4, 2)))
-        total = a + b
-    if PARTS >= 4:
-        a, b = tl.split(tl.reshape(total, (UNITS, BATCH, 2, 2)))
-        total = a + b
-    a, b = tl.split(total)
-    return a + b
-
-
-@triton.jit
-def _product(w, db, at, GH, UNITS: tl.constexpr, BATCH: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
-             CHUNKS: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    sums = tl.zeros((PARTS, UNITS, BATCH), tl.float32)
-    loaded = ()
-    for n in tl.static_range(CHUNKS + AHEAD - 1):
-        if n < CHUNKS:
-            loaded += (_gradients(db, at, GH, n * PARTS * CHUNK, n == CHUNKS - 1, PARTS, CHUNK),)  # type: ignore[assignment]
-        if n + 1 >= AHEAD:
-            sums = dot(w[n + 1 - AHEAD], loaded[n + 1 - AHEAD], sums, PRECISION)
-    return _total(sums, UNITS, BATCH, PARTS)
+from rnnattn.kernels.grid_barrier import arrive, wait
+from rnnattn.kernels.math import tanh, uniform
+from rnnattn.kernels.sequence_products import hold_columns, product_of_parts
 
 
 @triton.jit
@@ -134,16 +89,11 @@ def _backward_kernel(
     inside = (unit < H)[:, None] & present[None, :]
 
     weights += k.to(tl.int64) * GH * width
-    w = ()
-    for chunk in tl.static_range(CHUNKS):
-        w += (_weights(weights, unit, H, GH, width, chunk * PARTS * CHUNK, PARTS, CHUNK),)  # type: ignore[assignment]
+    w = hold_columns(weights, unit, H, GH, width, PARTS, CHUNK, CHUNKS)
     if STACKED:
         above = k < K - 1
         weights_x += k.to(tl.int64) * GH * width
-        unit_x = tl.where(above, unit, H)
-        w_x = ()
-        for chunk in tl.static_range(CHUNKS):
-            w_x += (_weights(weights_x, unit_x, H, GH, width, chunk * PARTS * CHUNK, PARTS, CHUNK),)  # type: ignore[assignment]
+        w_x = hold_columns(weights_x, tl.where(above, unit, H), H, GH, width, PARTS, CHUNK, CHUNKS)
 
     slot = B.to(tl.int64) * K * row_length  # numbers of one step of da
     own = (row * K + k) * row_length
@@ -195,7 +145,7 @@ def _backward_kernel(
             if above:
                 wait(counters + 1, (n + 1) * SLICES)
                 at = t.to(tl.int64) * slot + own + row_length
-                d_y += _product(w_x, da, at, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, AHEAD, PRECISION)
+                d_y += product_of_parts(w_x, da, at, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, AHEAD, PRECISION)
         d_h = around
         if n > 0:
             if SLICES > 1:
@@ -203,7 +153,7 @@ def _backward_kernel(
             else:
                 tl.debug_barrier()
             at = after.to(tl.int64) * slot + own
-            d_h += _product(w, db, at, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, AHEAD, PRECISION)
+            d_h += product_of_parts(w, db, at, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, AHEAD, PRECISION)
             if resets is not None:
                 cut = tl.load(resets + (k * T + after).to(tl.int64) * B + row, present, 0) != 0
                 d_h, dh_initial = _cut(d_h, dh_initial, cut, TO_INITIAL)
@@ -249,7 +199,7 @@ def _backward_kernel(
         else:
             tl.debug_barrier()
         at = last.to(tl.int64) * slot + own
-        around += _product(w, db, at, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, AHEAD, PRECISION)
+        around += product_of_parts(w, db, at, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, AHEAD, PRECISION)
         if resets is not None:
             cut = tl.load(resets + (k * T + last).to(tl.int64) * B + row, present, 0) != 0
             around, dh_initial = _cut(around, dh_initial, cut, TO_INITIAL)

@@ -24,49 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rnnattn.kernels.grid_barrier import arrive, load_shared, wait
-from rnnattn.kernels.math import add_dot, dot, sigmoid, tanh, uniform
-
-
-@triton.jit
-def _weights(weights, row, inside, width, first, CHUNK: tl.constexpr):
-    """[M, CHUNK] of the rows of W_hh, zero beyond them."""
-    column = first + tl.arange(0, CHUNK)
-    mask = inside[:, None] & (column < width)[None, :]
-    return tl.load(weights + row[:, None] * width + column[None, :], mask, 0.0)
-
-
-@triton.jit
-def _states(states, at, readable, width, first, LAST: tl.constexpr, CHUNK: tl.constexpr):
-    """h^T [CHUNK, BATCH] of rows at these addresses, zero of those that are not readable. (Masks take registers: only
-    the last chunk may reach beyond a row, and readable may be None.)"""
-    column = first + tl.arange(0, CHUNK)
-    address = states + at[None, :] + column[:, None]
-    if LAST:
-        mask = (column < width)[:, None]
-        if readable is not None:
-            mask = mask & readable[None, :]
-        return load_shared(address, mask, 0.0)
-    if readable is not None:
-        return load_shared(address, tl.broadcast_to(readable[None, :], address.shape), 0.0)
-    return load_shared(address)
-
-
-@triton.jit
-def _product(w, states, at, readable, width, M: tl.constexpr, BATCH: tl.constexpr, CHUNK: tl.constexpr,
-             CHUNKS: tl.constexpr, AHEAD: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """[M, BATCH], what the tiles w give for the states at these addresses."""
-    sums = tl.zeros((M, BATCH), tl.float32)
-    loaded = ()
-    for n in tl.static_range(CHUNKS + AHEAD - 1):
-        if n < CHUNKS:
-            loaded += (_states(states, at, readable, width, n * CHUNK, n == CHUNKS - 1, CHUNK),)  # type: ignore[assignment]
-        if n + 1 >= AHEAD:
-            if APART:
-                sums = add_dot(sums, w[n + 1 - AHEAD], loaded[n + 1 - AHEAD], PRECISION)
-            else:
-                sums = dot(w[n + 1 - AHEAD], loaded[n + 1 - AHEAD], sums, PRECISION)
-    return sums
+from rnnattn.kernels.grid_barrier import arrive, wait
+from rnnattn.kernels.math import dot, sigmoid, tanh, uniform
+from rnnattn.kernels.sequence_products import hold_rows, product
 
 
 @triton.jit
@@ -155,15 +115,11 @@ def _forward_kernel(
     column = gate * H + line_unit
 
     weights += k * GATES * H * width
-    w = ()
-    for chunk in tl.static_range(CHUNKS):
-        w += (_weights(weights, column.to(tl.int64), hidden, width, chunk * CHUNK, CHUNK),)  # type: ignore[assignment]
+    w = hold_rows(weights, column.to(tl.int64), hidden, width, CHUNK, CHUNKS)
     if STACKED:
         weights_x += (k - 1) * GATES * H * width
-        line_x, there_x = (of_input * H + line_unit).to(tl.int64), fed & (k > 0)
-        w_x = ()
-        for chunk in tl.static_range(CHUNKS):
-            w_x += (_weights(weights_x, line_x, there_x, width, chunk * CHUNK, CHUNK),)  # type: ignore[assignment]
+        line_x = (of_input * H + line_unit).to(tl.int64)
+        w_x = hold_rows(weights_x, line_x, fed & (k > 0), width, CHUNK, CHUNKS)
     if bias is not None:
         bias_tile = tl.load(bias + k * BLOCKS * H + column, line_there, 0.0)[:, None]
 
@@ -204,12 +160,12 @@ def _forward_kernel(
             if k > 0:
                 wait(counters - 1, (n + 1) * SLICES)
                 at = (t + 1).to(tl.int64) * slot + own - width
-                a += _product(
+                a += product(
                     w_x, states, at, None, width, BLOCKS * UNITS, BATCH, CHUNK, CHUNKS, AHEAD, APART, PRECISION
                 )
         if SLICES == 1:
             b = tl.zeros((BLOCKS * UNITS, BATCH), tl.float32)
-            b = dot(w[0], started.to(states.dtype.element_ty), b, PRECISION)  # type: ignore[misc]
+            b = dot(w[0], started.to(states.dtype.element_ty), b, PRECISION)
         else:
             before, readable = tl.where(reverse, t + 2, t), None
             if (
@@ -223,7 +179,7 @@ def _forward_kernel(
                     readable = anew == 0
             at = before.to(tl.int64) * slot + own
             wait(counters, n * SLICES)
-            b = _product(w, states, at, readable, width, BLOCKS * UNITS, BATCH, CHUNK, CHUNKS, AHEAD, APART, PRECISION)
+            b = product(w, states, at, readable, width, BLOCKS * UNITS, BATCH, CHUNK, CHUNKS, AHEAD, APART, PRECISION)
         # Functions of the gates where the product left them: split, they would be moved and computed several times.
         activated = a + b
         if MODE == "RNN_TANH":
