@@ -5,6 +5,7 @@ The sequence kernels run the stacks of the recurrent cases in test_sequence_kern
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -213,6 +214,30 @@ def test_a_stack_of_one_layer_is_a_layer(mode: str) -> None:
         for direction in (STACK, "forward")
     )
     torch.testing.assert_close(found, expected)
+
+
+def test_a_compiler_takes_the_planners_word_for_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It need not, and could not, see through what a plan is made of."""
+
+    def planned(call: Call, as_one: bool) -> bool:
+        with open(os.devnull):  # a graph has no such thing
+            return as_one
+
+    def stacks(call: Call) -> bool:
+        return sequence_choice.could_run_as_one(call.op, call.dtype, call.hidden, call.layers, call.grad)
+
+    monkeypatch.setattr(sequence_choice, "_engine_runs", planned)
+    monkeypatch.setattr(sequence_choice, "stacks", stacks)
+    module, x, seen = ours("GRU"), torch.randn(T, B, I), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.append([node.args[8] for node in graph.graph.nodes if "recurrent_layer" in str(node.target)])
+        return graph.forward
+
+    with rnnattn.use_backend("triton"), torch.no_grad():
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
+        torch.testing.assert_close(compiled(x)[0], module(x)[0])
+    assert seen == [[STACK]]
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 
@@ -51,14 +50,28 @@ def plan_of_call(call: Call, backward: bool = False, as_one: bool = False) -> Pl
 def stacks(call: Call) -> bool:
     """Whether the layers of the call are one operation. In a graph that is compiled for any T and B they are so where
     they could ever run at the same time; the plan is made when it runs."""
-    return runs_as_one(dataclasses.replace(call, B=1, T=MANY) if call.compiling else call)
+    if not call.compiling:
+        return runs_as_one(call)
+    cuda = call.device == "cuda" and _may_stack(call)
+    return cuda and could_run_as_one(call.op, call.dtype, call.hidden, call.layers, call.grad)
+
+
+def could_run_as_one(op: str, dtype: torch.dtype, H: int, layers: int, grad: bool) -> bool:
+    """`runs_as_one` with few rows and many steps."""
+    return _engine_runs(Call(op, "cuda", dtype, 1, MANY, H, H, layers, grad=grad), as_one=True)
+
+
+could_run_as_one._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `backends.unavailable`
 
 
 def runs_as_one(call: Call) -> bool:
     """Whether the layers of the call run at the same time, both ways if they are trained."""
-    if call.layers == 1 or call.directions > 1 or call.projection or call.dropout or call.in_chunks or call.regularised:
-        return False
-    return _engine_runs(call, as_one=True)
+    return _may_stack(call) and _engine_runs(call, as_one=True)
+
+
+def _may_stack(call: Call) -> bool:
+    changed = call.projection or call.dropout or call.in_chunks or call.regularised
+    return call.layers > 1 and call.directions == 1 and not changed
 
 
 def in_one_launch(call: Call, capabilities: frozenset[int]) -> bool:
