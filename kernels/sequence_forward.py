@@ -168,9 +168,8 @@ def _forward_kernel(
             b = dot(w[0], started.to(states.dtype.element_ty), b, PRECISION)
         else:
             before, readable = tl.where(reverse, t + 2, t), None
-            if (
-                lengths is not None and not STACKED and (REVERSE or K == 2)
-            ):  # backwards a row begins at its own last step
+            # Backwards a row begins at its own last step.
+            if lengths is not None and not STACKED and (REVERSE or K == 2):
                 before = tl.where(reverse & (t + 1 >= length), first_slot, before)
             if resets is not None:
                 if TO_INITIAL:

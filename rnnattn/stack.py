@@ -17,7 +17,7 @@ from rnnattn.autocast import autocast_dtype, lowered
 from rnnattn.backends import Call
 from rnnattn.checks import check_recompute, check_recurrent, checked_resets, checked_steps
 from rnnattn.packing import Packing
-from rnnattn.reference import CELLS, STACK, zero_invalid
+from rnnattn.reference import CELLS, STACK, has_projection, zero_invalid
 from rnnattn.regularised import Regularisation, regularised_layer
 from rnnattn.transforms import is_transformed, want_equations
 
@@ -188,7 +188,7 @@ def _call(
 ) -> Call:
     """What `backends.select` needs to know."""
     I, R = x.shape[-1], h0.shape[-1]
-    H, projected = R if c0 is None else c0.shape[-1], len(weights) // (num_layers * K) % 2 == 1  # by w_hr
+    H, projected = R if c0 is None else c0.shape[-1], has_projection(weights, num_layers * K)
     return Call(
         op_name(mode), x.device.type, x.dtype, B, T, I, H, num_layers, K, R if projected else 0, ragged,
         wants_grad(x, h0, c0, *weights), torch.compiler.is_compiling(), resets, in_chunks, cells,

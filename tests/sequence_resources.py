@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,7 +24,7 @@ import torch
 from rnnattn.backends import sequence_plan
 from rnnattn.backends.sequence_device import DEVICES, Device
 from rnnattn.reference import CELLS
-from tests.triton_resources import DTYPES, SHARED_LIMIT, compiled
+from tests.triton_resources import DTYPES, SHARED_LIMIT, compiled, cuobjdump
 
 DEVICE = {80: "A100", 90: "H100", 100: "B200"}
 SAMPLE = {"bf16": [("LSTM", 256, 16), ("GRU", 128, 16), ("LSTM", 650, 16)], "tf32": [("LSTM", 256, 16)]}
@@ -82,14 +80,7 @@ def loop_bytes(ptx: str, warps: int) -> tuple[int, int]:
 
 def spills(cubin: bytes) -> int:
     """Loads and stores of the stack in the loop over time, the longest that there is."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
-        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", listing)
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", cuobjdump(cubin, "-sass"))
     jumps = [(int(at, 16), re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", text)) for at, text in lines]
     loops = [(int(jump[1], 16), at) for at, jump in jumps if jump and int(jump[1], 16) < at]
     first, last = max(loops, key=lambda loop: loop[1] - loop[0])

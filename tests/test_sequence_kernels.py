@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 import side_by_side
 
 import rnnattn
-from rnnattn.backends import Call, sequence_choice
+from rnnattn.backends import sequence_choice
 from rnnattn.backends.sequence import Launch
 from rnnattn.reference import CELLS
 
@@ -38,11 +38,6 @@ def tiles(tier: str, mode: str, H: int, backward: bool) -> Launch:
     return Launch(units, parts, chunk, chunks, min(2, chunks), H % 2 == 0, 16, 4, 0, 1 if tier == "T1" else 100)
 
 
-def could_stack(call: Call) -> bool:
-    changed = call.projection or call.dropout or call.in_chunks or call.regularised
-    return call.layers > 1 and call.directions == 1 and not changed
-
-
 @pytest.fixture(params=["T0", "T1"])
 def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Backend triton runs the sequence kernels."""
@@ -54,7 +49,7 @@ def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         return launch if launch is None or layers == 1 else launch._replace(resident=layers)
 
     monkeypatch.setattr(sequence_choice, "launch_for", launch_for)
-    monkeypatch.setattr(sequence_choice, "stacks", could_stack)
+    monkeypatch.setattr(sequence_choice, "stacks", sequence_choice.may_stack)
     with side_by_side.cooperative_launches(timeout=120):
         yield request.param
 

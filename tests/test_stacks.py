@@ -85,10 +85,6 @@ def as_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Stacks on backend triton are one operation, though nothing here runs layers at the same time; yields the
     directions of the layers that it ran."""
 
-    def could_stack(call: Call) -> bool:
-        changed = call.projection or call.dropout or call.in_chunks or call.regularised
-        return call.layers > 1 and call.directions == 1 and not changed
-
     ran: list[str] = []
     forward = Triton.recurrent_layer_forward
 
@@ -96,7 +92,7 @@ def as_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         ran.append(arguments[8])
         return forward(self, *arguments)
 
-    monkeypatch.setattr(sequence_choice, "stacks", could_stack)
+    monkeypatch.setattr(sequence_choice, "stacks", sequence_choice.may_stack)
     monkeypatch.setattr(Triton, "recurrent_layer_forward", recording)
     with rnnattn.use_backend("triton"):
         yield ran

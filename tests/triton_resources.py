@@ -144,15 +144,19 @@ def compiled(architecture: int, launches: Callable[[str], Iterator[str]]) -> Ite
             launched.clear()
 
 
-def resources(kernel: Any, name: str, case: str, dtype: str, architecture: int) -> Row:
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the program says of a kernel."""
     from triton import knobs
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name], check=True, capture_output=True, text=True
-        ).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def resources(kernel: Any, name: str, case: str, dtype: str, architecture: int) -> Row:
+    usage = cuobjdump(kernel.asm["cubin"], "-res-usage")
     registers, stack = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK"))  # type: ignore[index]
     instruction = TENSOR_CORE.search(kernel.asm["ptx"])
     return Row(

@@ -52,7 +52,7 @@ def stacks(call: Call) -> bool:
     they could ever run at the same time; the plan is made when it runs."""
     if not call.compiling:
         return runs_as_one(call)
-    cuda = call.device == "cuda" and _may_stack(call)
+    cuda = call.device == "cuda" and may_stack(call)
     return cuda and could_run_as_one(call.op, call.dtype, call.hidden, call.layers, call.grad)
 
 
@@ -66,10 +66,11 @@ could_run_as_one._dynamo_marked_constant = True  # type: ignore[attr-defined]  #
 
 def runs_as_one(call: Call) -> bool:
     """Whether the layers of the call run at the same time, both ways if they are trained."""
-    return _may_stack(call) and _engine_runs(call, as_one=True)
+    return may_stack(call) and _engine_runs(call, as_one=True)
 
 
-def _may_stack(call: Call) -> bool:
+def may_stack(call: Call) -> bool:
+    """Whether the layers of the call lie on each other as they are, with nothing between that the engine has not."""
     changed = call.projection or call.dropout or call.in_chunks or call.regularised
     return call.layers > 1 and call.directions == 1 and not changed
 

@@ -76,6 +76,11 @@ class Tiles:
         return self.sets * self.together
 
     @functools.cached_property
+    def matrices(self) -> int:
+        """That a program holds: W_hh, in a stack W_ih of its layer, too."""
+        return 1 if self.layer.layers == 1 else 2
+
+    @functools.cached_property
     def row_blocks(self) -> int:
         """Of the tile, with room for a GRU's fourth."""
         return 1 if self.layer.blocks == 1 else 4
@@ -125,8 +130,8 @@ class Tiles:
         if not self.layer.tensor_cores:
             return chunk(self.layer.H, FMA_CHUNK, MOST_FMA_CHUNKS)
         size = chunk(self.layer.H, widest)
-        tiles = self.M * (1 if self.layer.layers == 1 else 2) + self.batch_tile
-        all_of_it = -(-self.layer.H // size) * size * tiles * self.layer.dtype.itemsize
+        rows = self.M * self.matrices + self.batch_tile
+        all_of_it = -(-self.layer.H // size) * size * rows * self.layer.dtype.itemsize
         return size if all_of_it + SCRATCH <= self.device.shared else chunk(self.layer.H, 2 * widest)
 
     @functools.cached_property
@@ -135,9 +140,8 @@ class Tiles:
 
     @functools.cached_property
     def weights(self) -> int:
-        """Bytes of the tile; in a stack there is another of W_ih."""
-        one = self.M * self.parts * self.chunk * self.chunks * self.layer.dtype.itemsize
-        return one if self.layer.layers == 1 else 2 * one
+        """Bytes of the tiles of all matrices."""
+        return self.matrices * self.M * self.parts * self.chunk * self.chunks * self.layer.dtype.itemsize
 
     @functools.cached_property
     def operand(self) -> int:
@@ -166,21 +170,21 @@ class Tiles:
 
     @functools.cached_property
     def exchanged(self) -> int:
-        """Bytes of h (db) that a program takes in per step; in a stack as much of the layer beside it."""
-        one = self.columns * self.batch_tile * self.layer.dtype.itemsize
-        return one if self.layer.layers == 1 else 2 * one
+        """Bytes that a program takes in per step: h (db) of its layer, in a stack as much of the layer beside it."""
+        return self.matrices * self.columns * self.batch_tile * self.layer.dtype.itemsize
 
     @functools.cached_property
     def warps(self) -> int:
         """Four for small tiles, where a thread then holds twice as much; eight for others and without tensor cores."""
         layer, itemsize = self.layer, self.layer.dtype.itemsize
         operand = layer.H * self.batch_tile * itemsize
+        need = 3 * self.M * self.batch_tile / 128 + operand / 512  # as in `spills`, of four warps
         if layer.backward:
             few = self.row_blocks * self.units * self.batch_tile <= 2048 and operand <= 16 << 10
         elif self.instruction == "mma.sync":
-            few = itemsize == 2 and 3 * self.M * self.batch_tile / 128 + operand / 512 <= 40
+            few = itemsize == 2 and need <= 40
         else:
-            few = self.instruction == "wgmma" and 3 * self.M * self.batch_tile / 128 + operand / 512 <= 56
+            few = self.instruction == "wgmma" and need <= 56
         return 4 if few and layer.tensor_cores and layer.layers == 1 else 8
 
     @functools.cached_property
@@ -219,13 +223,9 @@ class Tiles:
         benchmarks/results/sequence-kernels-*.csv, no theory."""
         layer, itemsize, rows = self.layer, self.layer.dtype.itemsize, self.batch_tile
         if layer.backward:
-            if self.device.capability // 10 == 9:
-                most_chunks, most_sums = 8 if itemsize == 2 else 2, 32.0
-            else:
-                most_chunks, most_sums = (
-                    4 if itemsize == 2 else 2,
-                    32.0 if itemsize == 2 else min(16.0, 40 / self.chunks),
-                )
+            hopper, half = self.device.capability // 10 == 9, itemsize == 2
+            most_chunks = (8 if hopper else 4) if half else 2
+            most_sums = 32.0 if hopper or half else min(16.0, 40 / self.chunks)
             if layer.H % ALIGNED or not layer.tensor_cores:
                 most_sums = min(most_sums, 8)
             return self.sums > most_sums or rows > 32 or (rows == 32 and self.chunks > most_chunks)
@@ -237,7 +237,7 @@ class Tiles:
         if self.instruction == "wgmma":
             return need > (48 if layer.layers > 1 else 104 if itemsize == 2 else 72)
         if self.instruction == "tcgen05":  # the addresses of its operands are kept for the whole of H
-            return need > 64 or layer.H * itemsize > 256 * itemsize
+            return need > 64 or layer.H > 256
         if self.instruction == "fma":
             return self.sums > 4
         if rows > 16 and (itemsize > 2 or self.chunks > 2):

@@ -17,7 +17,7 @@ from torch import Tensor
 from rnnattn.backends import pool_gemms, regularised_steps, sequence, sequence_choice, stepwise, stepwise_backward
 from rnnattn.backends.base import Backend, Call
 from rnnattn.backends.regularised import scan_gradients
-from rnnattn.reference import STACK, stack_backward, stack_forward
+from rnnattn.reference import STACK, has_projection, stack_backward, stack_forward
 from rnnattn.reference.attention_pool import kept_steps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -186,7 +186,7 @@ def _launch(
 ) -> sequence.Launch | None:
     """How the sequence kernels run a layer or a stack, or None: step by step, as always with a projection."""
     (T, B, _), (K, _, H) = x.shape, h0.shape
-    if len(weights) // K % 2:  # w_hr
+    if has_projection(weights, K):
         return None
     directions, layers = (1, K) if direction == STACK else (K, 1)
     return sequence_choice.launch_for(x.device, mode, B, T, H, x.dtype, directions, backward, layers)

@@ -31,6 +31,11 @@ class LayerWeights(NamedTuple):
     w_hr: Tensor | None  # [R, H]
 
 
+def has_projection(weights: list[Tensor], scans: int) -> bool:
+    """Whether the weights of so many scans have a w_hr each."""
+    return len(weights) // scans % 2 == 1
+
+
 def split_weights(weights: list[Tensor], has_biases: bool, directions: int) -> list[LayerWeights]:
     """Parts a flat list (torch's `_flat_weights` order for one layer) into directions."""
     per_direction = len(weights) // directions
@@ -38,8 +43,8 @@ def split_weights(weights: list[Tensor], has_biases: bool, directions: int) -> l
     for k in range(directions):
         w = list(weights[k * per_direction : (k + 1) * per_direction])
         b_ih, b_hh = (w[2], w[3]) if has_biases else (None, None)
-        has_projection = per_direction == (5 if has_biases else 3)
-        parts.append(LayerWeights(w[0], w[1], b_ih, b_hh, w[-1] if has_projection else None))
+        w_hr = w[-1] if has_projection(weights, directions) else None
+        parts.append(LayerWeights(w[0], w[1], b_ih, b_hh, w_hr))
     return parts
 
 
