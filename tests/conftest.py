@@ -79,6 +79,13 @@ def chosen(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=backend_parameters("reference", "cpp"))
+def own_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As `chosen`, without torch's own layers, of which torch knows the derivatives and the graph itself."""
+    with rnnattn.use_backend(request.param):
+        yield request.param
+
+
 def _required(nodeid: str) -> str | None:
     return next((name for name in REQUIRED if name in nodeid), None)
 

@@ -1,6 +1,6 @@
 """What programs do to the weights of modules between calls: results and gradients stay torch.nn's.
 
-Elsewhere: results that follow the weights on every backend (test_stale_weights), torch.func (test_higher_order).
+Elsewhere: results that follow the weights on every backend (test_stale_weights), torch.func (test_torch_func).
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import backend_parameters
 from tolerances import close
 from torch import Tensor, nn
 
@@ -33,12 +32,6 @@ def fresh_compiler() -> Any:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture(params=backend_parameters("reference", "cpp"))
-def own_backend(request: pytest.FixtureRequest) -> Any:
-    with rnnattn.use_backend(request.param):
-        yield request.param
 
 
 @pytest.fixture(params=["LSTM", "GRU", "RNN"])
