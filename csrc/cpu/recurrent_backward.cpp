@@ -32,8 +32,7 @@ Gradients backward(const OptionalTensor& dy_given, const OptionalTensor& dh_n, c
   const auto reverses = parse_direction(direction);
   const auto acc = c10::CppTypeToScalarType<F>::value;
   const auto dtype = x.scalar_type();
-  const BatchShape shape = batch_shape(x, h0.size(1), lengths);
-  TORCH_CHECK(!resets || !shape.packed, "resets: expected none with a packed sequence");
+  const BatchShape shape = batch_shape(x, h0.size(1), lengths, resets);
   const int64_t T = shape.T, B = shape.B, I = x.size(-1), K = h0.size(0), R = h0.size(2);
   const int64_t columns = gate_columns(mode), used = weight_gates(mode), H = weights[0].size(0) / used;
   const bool lstm = mode == Mode::kLstm, gru = mode == Mode::kGru;

@@ -62,17 +62,15 @@ at::DimVector sizes_of_steps(int64_t K, const Tensor& x, int64_t n) {
   return sizes;
 }
 
-// Outputs that there are not are undefined.
+// shape: of x, lengths and resets. Outputs that there are not are undefined.
 template <typename F>
 Outputs forward(const Tensor& x_given, const Tensor& h0, const OptionalTensor& c0, std::vector<ForwardWeights<F>>& weights,
-                const OptionalTensor& lengths, const OptionalTensor& resets, bool reset_to_initial,
+                const BatchShape& shape, const OptionalTensor& lengths, const OptionalTensor& resets, bool reset_to_initial,
                 const std::vector<bool>& reverses, Mode mode, bool save, int64_t calls = 0) {
   check_allocated("x", x_given), check_allocated("h0", h0), check_allocated("c0", c0);
   const auto acc = c10::CppTypeToScalarType<F>::value;
   const Stored stored = stored_as(x_given.scalar_type());
   const Tensor x = x_given.stride(-1) == 1 || x_given.size(-1) == 1 ? x_given : x_given.contiguous();
-  const BatchShape shape = batch_shape(x, h0.size(1), lengths);
-  TORCH_CHECK(!resets || !shape.packed, "resets: expected none with a packed sequence");
   const int64_t T = shape.T, B = shape.B, I = x.size(-1), K = h0.size(0), R = h0.size(2), H = weights[0].ih.packing.width;
   const int64_t columns = gate_columns(mode), lanes = kernels<F>().lanes;
   const int64_t blocks = weights[0].ih.blocks, block = weight_gates(mode) * unit_vectors(mode) * lanes;
@@ -208,9 +206,10 @@ class Stack final : public PreparedStack {
                                          bool reset_to_initial) const override {
     adapt_to_fork();
     at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
+    const BatchShape shape = batch_shape(x, h0.size(1), lengths, resets);
     if (layers_.size() == 1) {
-      auto [y, h_n, c_n, gates, cells] = forward<F>(x, h0, c0, layers_[0], lengths, resets, reset_to_initial, reverses_, mode_,
-                                                    false, calls_++);
+      auto [y, h_n, c_n, gates, cells] = forward<F>(x, h0, c0, layers_[0], shape, lengths, resets, reset_to_initial, reverses_,
+                                                    mode_, false, calls_++);
       return {std::move(y), std::move(h_n), std::move(c_n)};
     }
     const int64_t K = reverses_.size();
@@ -218,8 +217,8 @@ class Stack final : public PreparedStack {
     std::vector<Tensor> h_n, c_n;
     for (size_t layer = 0; layer < layers_.size(); ++layer) {
       const auto own = [&](const Tensor& states) { return states.narrow(0, layer * K, K); };
-      auto out = forward<F>(y, own(h0), c0 ? OptionalTensor(own(*c0)) : c0, layers_[layer], lengths, resets, reset_to_initial,
-                            reverses_, mode_, false);
+      auto out = forward<F>(y, own(h0), c0 ? OptionalTensor(own(*c0)) : c0, layers_[layer], shape, lengths, resets,
+                            reset_to_initial, reverses_, mode_, false);
       y = std::get<0>(out);
       h_n.push_back(std::get<1>(out)), c_n.push_back(std::get<2>(out));
     }
@@ -253,21 +252,22 @@ TORCH_LIBRARY_IMPL(rnnattn_native, CPU, m) {
 }  // namespace
 
 Outputs recurrent_layer_forward(const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                                const OptionalTensor& given_lengths, const OptionalTensor& resets, bool reset_to_initial,
+                                const OptionalTensor& given_lengths, const OptionalTensor& given_resets, bool reset_to_initial,
                                 bool has_biases, std::string_view direction, std::string_view mode_name, bool save) {
-  const OptionalTensor lengths = contiguous(given_lengths);
+  const OptionalTensor lengths = contiguous(given_lengths), resets = contiguous(given_resets);
   adapt_to_fork();
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
   const Mode mode = parse_mode(mode_name);
   for (const Tensor& w : weights) check_allocated("weights", w);
+  const BatchShape shape = batch_shape(x, h0.size(1), lengths, resets);
   return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     using F = decltype(zero);
     auto packed = forward_weights<F>(weights, has_biases, h0.size(0), mode, weights[0].size(0) / weight_gates(mode));
     const auto dtype = weights[0].scalar_type();
-    if (multiplies_bfloat16(dtype, packed[0].hr.has_value()) || keeps_bfloat16(dtype, mean_rows(lengths, batch_shape(x, h0.size(1), lengths))))
+    if (multiplies_bfloat16(dtype, packed[0].hr.has_value()) || keeps_bfloat16(dtype, mean_rows(lengths, shape)))
       for (auto& w : packed) w.ih.packing.panel = w.hh.packing.panel = Panel::kBFloat16;
-    const auto [y, h_n, c_n, gates, cells] = forward<F>(x, h0, c0, packed, lengths, contiguous(resets), reset_to_initial,
-                                                              parse_direction(direction), mode, save);
+    const auto [y, h_n, c_n, gates, cells] = forward<F>(x, h0, c0, packed, shape, lengths, resets, reset_to_initial,
+                                                        parse_direction(direction), mode, save);
     const auto empty = [&](const Tensor& t) { return or_empty(t, x.options()); };
     return Outputs{y, h_n, empty(c_n), empty(gates), empty(cells)};
   });

@@ -20,9 +20,11 @@ struct BatchShape {
   bool packed = false;
 };
 
-inline BatchShape batch_shape(const at::Tensor& x, int64_t B, const OptionalTensor& lengths) {
+// Checks what comes with a packed sequence: its lengths, and no resets.
+inline BatchShape batch_shape(const at::Tensor& x, int64_t B, const OptionalTensor& lengths, const OptionalTensor& resets) {
   if (x.dim() == 3) return {x.size(0), B};
   TORCH_CHECK(x.dim() == 2, "x: expected 3 dimensions, or 2 of a packed sequence, got shape ", x.sizes());
+  TORCH_CHECK(!resets, "resets: expected none with a packed sequence");
   TORCH_CHECK(lengths && B > 0 && lengths->numel() == B, "lengths: expected those of the ", B, " rows of a packed sequence");
   const int64_t* length = lengths->const_data_ptr<int64_t>();
   TORCH_CHECK(length[B - 1] > 0 && std::is_sorted(length, length + B, std::greater<>()) &&
