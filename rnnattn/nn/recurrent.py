@@ -33,13 +33,10 @@ class _Recurrent(DirectCalls, Regularised):
     _names: tuple[str, ...] = ("hx",)  # of the states
     _kind: str  # as messages call the module
     _suffix = ""
-    recompute: str | None = None
 
     def __init__(self, mode: str, *args: Any, recompute: str | None = None, **kwargs: Any) -> None:
-        super().__init__(mode, *args, **kwargs)
         check_recompute(recompute)
-        self.recompute = recompute
-        self._check_regularisation()
+        super().__init__(mode, *args, recompute=recompute, **kwargs)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.recompute is None else f", recompute={self.recompute}")

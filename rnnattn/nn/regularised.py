@@ -39,16 +39,17 @@ class Regularised(nn.RNNBase):
     weight_dropout: float = 0.0
     layer_norm: bool = False
     forget_bias: float | None = None
+    recompute: str | None = None  # zoneout, recurrent_dropout and layer_norm exclude it
 
     def __init__(
         self, mode: str, *args: Any, zoneout: float | tuple[float, float] = 0.0, input_dropout: float = 0.0,
         recurrent_dropout: float = 0.0, weight_dropout: float = 0.0, layer_norm: bool = False,
-        forget_bias: float | None = None, **kwargs: Any,
+        forget_bias: float | None = None, recompute: str | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(mode, *args, **kwargs)
         self.zoneout, self.layer_norm, self.forget_bias = zoneout, layer_norm, forget_bias
         self.input_dropout, self.recurrent_dropout = input_dropout, recurrent_dropout
-        self.weight_dropout = weight_dropout
+        self.weight_dropout, self.recompute = weight_dropout, recompute
         self._check_regularisation()
         if layer_norm:
             weight: Any = self.weight_ih_l0
@@ -147,7 +148,7 @@ class Regularised(nn.RNNBase):
                                 ("layer_norm", self.layer_norm)) if on]  # fmt: skip
         if scan and self.proj_size:
             raise ValueError(f"{scan[0]}: expected proj_size=0 with it, got {self.proj_size}")
-        if scan and getattr(self, "recompute", None):
+        if scan and self.recompute:
             raise ValueError(f"{scan[0]}: expected recompute=None with it, got {self.recompute!r}")
         if self.forget_bias is not None:
             _check_number("forget_bias", self.forget_bias)
