@@ -8,15 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from rnnattn import autograd, backends
-from rnnattn.autocast import autocast_dtype, lowered
-from rnnattn.backends import Call
-from rnnattn.checks import check_pool, checked_lengths, checked_mask
-from rnnattn.stack import op_name, run_stack, wants_grad
-from rnnattn.transforms import want_equations
+from rnnattn.pooling import run_pool
+from rnnattn.stack import run_stack, run_step
 
 SCORES = ("linear", "additive")
 NONLINEARITIES = ("tanh", "relu")
@@ -199,7 +194,7 @@ def lstm_cell(
     Raises:
         RuntimeError, ValueError: an argument of the wrong shape, dtype or device.
     """
-    h, c = _step("LSTM", input, *hx, w_ih, w_hh, b_ih, b_hh)
+    h, c = run_step("LSTM", input, *hx, w_ih, w_hh, b_ih, b_hh)
     assert c is not None
     return h, c
 
@@ -224,7 +219,7 @@ def gru_cell(
     Raises:
         RuntimeError, ValueError: an argument of the wrong shape, dtype or device.
     """
-    return _step("GRU", input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    return run_step("GRU", input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
 def rnn_cell(
@@ -249,32 +244,13 @@ def rnn_cell(
     Raises:
         RuntimeError, ValueError: an argument of the wrong shape, dtype or device.
     """
-    return _step(_rnn_mode(nonlinearity), input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    return run_step(_rnn_mode(nonlinearity), input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
 
 
 def _rnn_mode(nonlinearity: str) -> str:
     if nonlinearity not in NONLINEARITIES:
         raise ValueError(f"nonlinearity: expected one of {', '.join(NONLINEARITIES)}, got {nonlinearity!r}")
     return f"RNN_{nonlinearity.upper()}"
-
-
-def _step(
-    mode: str,
-    x: Tensor,
-    h: Tensor,
-    c: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """h' and c' of a layer over one step."""
-    if (b_ih is None) != (b_hh is None):
-        raise ValueError(f"{op_name(mode)}_cell: expected b_ih and b_hh both given or both None")
-    biases = [] if b_ih is None or b_hh is None else [b_ih, b_hh]
-    c0 = None if c is None else c[None]
-    _, h_n, c_n, _ = run_stack(mode, x[None], h[None], c0, [w_ih, w_hh, *biases], has_biases=bool(biases))
-    return h_n[0], None if c_n is None else c_n[0]
 
 
 def attention_pool(
@@ -311,32 +287,4 @@ def attention_pool(
 
     Source: Bahdanau et al. 2015 (additive scores), Yang et al. 2016 (pooling).
     """
-    low = autocast_dtype(input)
-    if low is not None:
-        with torch.autocast(input.device.type, enabled=False):
-            return attention_pool(
-                lowered(input, low), lowered(v, low), lowered(w, low), lowered(b, low),
-                lengths=lengths, mask=mask, need_weights=need_weights,
-            )  # fmt: skip
-    check_pool(input, v, w, b)
-    B, T, _ = input.shape
-    if lengths is not None and mask is not None:
-        raise ValueError("attention_pool: expected lengths or mask, got both")
-    lengths = checked_lengths(lengths, B, T, input.device)
-    checked_mask(mask, (B, T), input.device)
-    ragged = lengths is not None or mask is not None
-    backend = "reference"
-    if not want_equations(input, v, w, b):
-        backend = backends.select(_pool_call(input, w, ragged, wants_grad(input, v, w, b))).backend
-    if backend == "torch":
-        pooled, p = backends.TORCH.attention_pool(input, v, w, b, lengths, mask)
-        return pooled, p if need_weights else None
-    return autograd.attention_pool(input, v, w, b, lengths, mask, need_weights, backend)
-
-
-def _pool_call(x: Tensor, w: Tensor | None, ragged: bool, grad: bool) -> Call:
-    """What `backends.select` needs to know of a pooling call; x is [B, T, D]."""
-    B, T, D = x.shape
-    A = 0 if w is None else w.shape[0]
-    compiling = torch.compiler.is_compiling()
-    return Call("attention_pool", x.device.type, x.dtype, B, T, D, A, ragged=ragged, grad=grad, compiling=compiling)
+    return run_pool(input, v, w, b, lengths, mask, need_weights)

@@ -1,4 +1,4 @@
-"""A stack of recurrent layers of any cell: argument checks, choice of backend, dropout between layers.
+"""A stack of recurrent layers of any cell, or a step of one: argument checks, choice of backend, dropout in between.
 
 `functional.lstm`, `gru` and `rnn` say what the arguments mean.
 """
@@ -19,7 +19,7 @@ from rnnattn.checks import check_recompute, check_recurrent, checked_resets, che
 from rnnattn.packing import Packing
 from rnnattn.reference import CELLS, STACK, has_projection, zero_invalid
 from rnnattn.regularised import Regularisation, regularised_layer
-from rnnattn.transforms import is_transformed, want_equations
+from rnnattn.transforms import is_transformed, want_equations, wants_grad
 
 
 def run_stack(
@@ -95,6 +95,25 @@ def run_stack(
     return y, h_n, c_n, cells
 
 
+def run_step(
+    mode: str,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """h' and c' (None for a cell without c) of one step; x [B, I], states [B, H]."""
+    if (b_ih is None) != (b_hh is None):
+        raise ValueError(f"{op_name(mode)}_cell: expected b_ih and b_hh both given or both None")
+    biases = [] if b_ih is None or b_hh is None else [b_ih, b_hh]
+    c0 = None if c is None else c[None]
+    _, h_n, c_n, _ = run_stack(mode, x[None], h[None], c0, [w_ih, w_hh, *biases], has_biases=bool(biases))
+    return h_n[0], None if c_n is None else c_n[0]
+
+
 def _layers(
     mode: str,
     x: Tensor,
@@ -156,10 +175,6 @@ def _layers(
 def op_name(mode: str) -> str:
     """The function that users call: lstm, gru or rnn."""
     return mode.split("_")[0].lower()
-
-
-def wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def takes_cpp(mode: str, dtype: torch.dtype, I: int, H: int) -> bool:

@@ -1,4 +1,4 @@
-"""Who looks on while an operation runs: the transforms of `torch.func`, and forward-mode differentiation."""
+"""Who looks on while an operation runs: autograd, the transforms of `torch.func`, and forward-mode differentiation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd does: one of the tensors is to have a gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def is_transformed() -> bool:

@@ -23,7 +23,7 @@ LAYERS = (
     ("backends",),
     ("autograd",),
     ("regularised",),
-    ("stack", "inspection"),
+    ("stack", "pooling", "inspection"),
     ("functional",),
     ("nn",),
     ("models", "swap", "onnx"),

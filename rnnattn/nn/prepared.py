@@ -23,8 +23,8 @@ from rnnattn.nn.regularised import DROPOUTS
 from rnnattn.nn.weight_watch import WeightWatch
 from rnnattn.packing import Packing
 from rnnattn.reference import CELLS
-from rnnattn.stack import op_name, wants_grad
-from rnnattn.transforms import want_equations
+from rnnattn.stack import op_name
+from rnnattn.transforms import want_equations, wants_grad
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]  # y, h_n, c_n
 
