@@ -153,9 +153,7 @@ class Backward {
   void block_of_tiles(int64_t block, int64_t step, int64_t later, int64_t end) {
     const Product<F, W> product{d_rows, depth, panel(block), nullptr};
     const auto fetched = [&](int64_t first, int64_t rows) -> const LineList& {
-      if (step >= 0) return lines_of_cells(block, step, first, rows);
-      lines.clear();
-      return lines;
+      return step >= 0 ? lines_of_cells(block, step, first, rows) : lines.clear();
     };
     overlap.run(later, [&](int64_t rows) { return W::template steps<V>(rows, depth); }, fetched,
         [&](int64_t first, int64_t rows, F* sums, const auto& beside) {
@@ -239,8 +237,7 @@ class Backward {
   const int64_t columns, depth;
   static_assert(kRows<V> * V * 6 <= kDepth);
   LineList lines;  // of a tile
-  struct NoOverlap {};
-  std::conditional_t<kTiles, Overlap<V, W, Cells>, NoOverlap> overlap;
+  OverlapOfTiles<V, W, Cells> overlap;
 };
 
 template <typename W, typename F>

@@ -156,9 +156,7 @@ class Forward {
       }
     };
     const auto fetched = [&](int64_t first, int64_t rows) -> const LineList& {
-      if (p.gates) return lines_of_cells(block, step, first, rows);
-      lines.clear();
-      return lines;
+      return p.gates ? lines_of_cells(block, step, first, rows) : lines.clear();
     };
     overlap.run(running, steps, fetched, multiply, [&](int64_t first, int64_t rows, const F* sums) {
       return Cells{this, gates_x + first * kBlock, sums, block, step, first, 0, rows * Cell::kUnits};
@@ -266,8 +264,7 @@ class Forward {
   const Row** x_rows;
   Row* copies;
   LineList lines;  // of a tile
-  struct NoOverlap {};
-  std::conditional_t<kTiles, Overlap<V, W, Cells>, NoOverlap> overlap;
+  OverlapOfTiles<V, W, Cells> overlap;
 };
 
 template <typename W, typename F>

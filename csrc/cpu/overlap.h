@@ -2,6 +2,8 @@
 // the vectors would idle meanwhile.
 #pragma once
 
+#include <type_traits>
+
 #include "product_kernel.h"
 
 namespace {
@@ -44,5 +46,10 @@ class Overlap {
   int turn_ = 0;
   Work work_{};
 };
+
+// What a scan has of it: nothing where its products are the vectors' own.
+struct NoOverlap {};
+template <int V, typename W, typename Work>
+using OverlapOfTiles = std::conditional_t<(W::kTileRows > 1), Overlap<V, W, Work>, NoOverlap>;
 
 }  // namespace

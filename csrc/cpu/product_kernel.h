@@ -99,7 +99,10 @@ class LineList {
     for (auto& line : lines_) line = any;
   }
 
-  void clear() { n_ = 0; }
+  const LineList& clear() {
+    n_ = 0;
+    return *this;
+  }
 
   // Those of n elements of some bytes from an index on.
   void add(const void* base, int64_t index, int64_t bytes, int64_t n) {
