@@ -4,8 +4,8 @@ One file per idea: `step_forward` and `step_backward` (the pointwise part of a r
 (what the two share), `regularised_forward` and `regularised_backward` (a step with zoneout, dropout and layer norm,
 a whole row at a time), `linear_pool` and `additive_pool` (attention pooling by score function), `pool_parts`
 (what these share), `sequence_forward` and `sequence_backward` (a whole layer, or a stack, in one launch each way),
-`sequence_products` (what they multiply), `grid_barrier` (how programs of one launch wait for each other), `math`
-(elementwise functions).
+`sequence_products` (what they multiply), `sequence_rows` (where the rows of a step lie), `grid_barrier` (how programs
+of one launch wait for each other), `math` (elementwise functions).
 
 Notation: B batch, T time, H hidden size, G blocks of H columns and S saved values a unit of a cell, D feature
 size, A attention size; S parts of a row of x that is split over time, N rows of a flattened chunk. Arithmetic

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rnnattn.kernels.grid_barrier import arrive, wait
-from rnnattn.kernels.math import tanh, uniform
+from rnnattn.kernels.math import tanh
 from rnnattn.kernels.sequence_products import hold_columns, product_of_parts
+from rnnattn.kernels.sequence_rows import at_step, before_scan, row_of_step, rows_of_tile
 
 
 @triton.jit
@@ -29,24 +30,42 @@ def _cut(d, gathered, anew, GATHERS: tl.constexpr):
     return tl.where(anew[None, :], 0.0, d), gathered
 
 
+@triton.jit
+def _at(slots, t, own, row_length, length, B):
+    """Where the gradients of step t are; of rows without such a step some that may be read."""
+    at = at_step(slots, t, row_length, B) + own
+    if slots is not None:
+        at = tl.where(t < length, at, 0)
+    return at
+
+
+@triton.jit
+def _there(product, slots, t, length):
+    """A product of step t's gradients, zero for rows that do not have that step, which else are zeros themselves."""
+    if slots is not None:
+        product = tl.where((t < length)[None, :], product, 0.0)
+    return product
+
+
 @triton.jit(do_not_specialize=["T", "B", "first_group"])
 def _backward_kernel(
-    dy,  # [T, B, K H], or None
-    dcells,  # [K, T, B, H] fp32, not read behind lengths, or None
+    dy,  # [N, K H], or None
+    dcells,  # [K, N, H] fp32, not read behind lengths, or None
     weights,  # [K, GH, width]
     weights_x,  # [K - 1, GH, width], W_ih of a stack's further layers, or None
-    y,  # [T, B, K H], RNN
-    h_prev,  # [K, T, B, H], GRU
-    gates,  # [K, T, B, SH], or None
-    cells,  # [K, T, B, H] fp32, or None
+    y,  # [N, K H], RNN
+    h_prev,  # [K, N, H], GRU
+    gates,  # [K, N, SH], or None
+    cells,  # [K, N, H] fp32, or None
     c0,  # [K, B, H] fp32, or None
     lengths,  # [B] int64, or None
     order,  # [B] int64, or None
+    slots,  # [T + 2] int64 of packed rows, or None
     resets,  # [K, T, B] bool, or None
     dh,  # in and out [K, B, H] fp32: gradient of h_n; of h0
     dc,  # in and out [K, B, H] fp32, or None
-    da,  # out [T, B, K, row]
-    db,  # out [T, B, K, row], GRU; else da
+    da,  # out [N, K, row]
+    db,  # out [N, K, row], GRU; else da
     counters,  # [tiles K] int32, zero, or None where nobody waits
     T,
     B,
@@ -76,15 +95,7 @@ def _backward_kernel(
     if STACKED:
         reverse = k < 0
 
-    place = tile * BATCH + tl.arange(0, BATCH)
-    present = place < B
-    row = tl.where(present, place, 0)  # what others read of a row that is not there, nobody stores
-    if order is not None:
-        row = tl.load(order + place, present, 0).to(tl.int32)
-    steps = T
-    if lengths is not None:
-        length = tl.load(lengths + row, present, 0).to(tl.int32)
-        steps = uniform(tl.max(length, 0))
+    row, present, length, steps = rows_of_tile(order, lengths, tile, T, B, BATCH)
     unit = first_unit + tl.arange(0, UNITS)
     inside = (unit < H)[:, None] & present[None, :]
 
@@ -95,11 +106,11 @@ def _backward_kernel(
         weights_x += k.to(tl.int64) * GH * width
         w_x = hold_columns(weights_x, tl.where(above, unit, H), H, GH, width, PARTS, CHUNK, CHUNKS)
 
-    slot = B.to(tl.int64) * K * row_length  # numbers of one step of da
+    of_scan = before_scan(slots, k, T, B)
     own = (row * K + k) * row_length
     at_d = own[None, :] + unit[:, None]
-    at_row = (row * H)[None, :] + unit[:, None]  # in a step of [K, T, B, H]
-    at_output = ((row * K + k) * H)[None, :] + unit[:, None]  # in one of [T, B, K H]
+    at_row = (row * H)[None, :] + unit[:, None]  # in a step of [K, N, H]
+    at_output = ((row * K + k) * H)[None, :] + unit[:, None]  # in one of [N, K H]
     at_state = ((row + k * B) * H)[None, :] + unit[:, None]
     around = tl.load(dh + at_state, inside, 0.0)  # of the state before, what does not pass through the product
     nothing = tl.zeros((UNITS, BATCH), tl.float32)
@@ -113,38 +124,43 @@ def _backward_kernel(
 
     for n in range(0, steps):
         t = tl.where(reverse, n, steps - 1 - n)
-        step = (k * T + t).to(tl.int64) * B
+        step = row_of_step(slots, of_scan, t, B)
         after = tl.where(reverse, t - 1, t + 1)
-        valid = present
+        valid, there = present, inside
         if lengths is not None:
             valid = t < length
+        if slots is not None:  # which have no other rows
+            there = inside & valid[None, :]
         # What this step reads of the forward, before it waits.
         d_y = nothing
         if dy is not None:
-            d_y = tl.load(dy + t.to(tl.int64) * B * (K * H) + at_output, inside & valid[None, :], 0.0).to(tl.float32)
+            d_y = tl.load(dy + at_step(slots, t, K * H, B) + at_output, inside & valid[None, :], 0.0).to(tl.float32)
         if MODE == "RNN_TANH" or MODE == "RNN_RELU":
-            state = tl.load(y + t.to(tl.int64) * B * (K * H) + at_output, inside, 0.0).to(tl.float32)
+            state = tl.load(y + at_step(slots, t, K * H, B) + at_output, there, 0.0).to(tl.float32)
         else:
             at_gates = gates + step * (4 * H) + (row * (4 * H))[None, :] + unit[:, None]
-            s_0 = tl.load(at_gates, inside, 0.0).to(tl.float32)
-            s_1 = tl.load(at_gates + H, inside, 0.0).to(tl.float32)
-            s_2 = tl.load(at_gates + 2 * H, inside, 0.0).to(tl.float32)
-            s_3 = tl.load(at_gates + 3 * H, inside, 0.0).to(tl.float32)
+            s_0 = tl.load(at_gates, there, 0.0).to(tl.float32)
+            s_1 = tl.load(at_gates + H, there, 0.0).to(tl.float32)
+            s_2 = tl.load(at_gates + 2 * H, there, 0.0).to(tl.float32)
+            s_3 = tl.load(at_gates + 3 * H, there, 0.0).to(tl.float32)
         if MODE == "LSTM":
-            here = tl.load(cells + step * H + at_row, inside, 0.0)
+            here = tl.load(cells + step * H + at_row, there, 0.0)
+            step_before = tl.where(reverse, step + B, step - B)
             first = tl.where(reverse, t == T - 1, t == 0)
-            previous = cells + tl.where(reverse, step + B, step - B) * H + at_row
-            before = tl.where(first, c_first, tl.load(previous, inside & (first == 0), 0.0))
+            if slots is not None:
+                step_before = row_of_step(slots, of_scan, tl.where(reverse, t + 1, t - 1), B)
+                first = tl.where(reverse, t + 1 >= length, t == 0)[None, :]
+            before = tl.where(first, c_first, tl.load(cells + step_before * H + at_row, there & (first == 0), 0.0))
             if resets is not None:
                 anew = tl.load(resets + step + row, present, 0) != 0
                 before = tl.where(anew[None, :], instead_c, before)
         if MODE == "GRU":
-            before = tl.load(h_prev + step * H + at_row, inside, 0.0).to(tl.float32)
+            before = tl.load(h_prev + step * H + at_row, there, 0.0).to(tl.float32)
 
         if STACKED:  # noqa: SIM102  (when compiled, the other at run time)
             if above:
                 wait(counters + 1, (n + 1) * SLICES)
-                at = t.to(tl.int64) * slot + own + row_length
+                at = _at(slots, t, own, K * row_length, length, B) + row_length
                 d_y += product_of_parts(w_x, da, at, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, AHEAD, PRECISION)
         d_h = around
         if n > 0:
@@ -152,8 +168,9 @@ def _backward_kernel(
                 wait(counters, n * SLICES)
             else:
                 tl.debug_barrier()
-            at = after.to(tl.int64) * slot + own
-            d_h += product_of_parts(w, db, at, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, AHEAD, PRECISION)
+            at = _at(slots, after, own, K * row_length, length, B)
+            product = product_of_parts(w, db, at, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, AHEAD, PRECISION)
+            d_h += _there(product, slots, after, length)
             if resets is not None:
                 cut = tl.load(resets + (k * T + after).to(tl.int64) * B + row, present, 0) != 0
                 d_h, dh_initial = _cut(d_h, dh_initial, cut, TO_INITIAL)
@@ -179,17 +196,17 @@ def _backward_kernel(
             d_1 = dh_t * (before - s_2) * s_1 * (1.0 - s_1)
             around = dh_t * s_1
         around = tl.where(valid[None, :], around, d_h)
-        da_t, db_t = da + t.to(tl.int64) * slot + at_d, db + t.to(tl.int64) * slot + at_d
-        tl.store(da_t, tl.where(valid[None, :], d_0, 0.0), inside)
+        at_t = at_step(slots, t, K * row_length, B) + at_d
+        tl.store(da + at_t, tl.where(valid[None, :], d_0, 0.0), there)
         if GATES > 1:
-            tl.store(da_t + H, tl.where(valid[None, :], d_1, 0.0), inside)
-            tl.store(da_t + 2 * H, tl.where(valid[None, :], d_2, 0.0), inside)
+            tl.store(da + at_t + H, tl.where(valid[None, :], d_1, 0.0), there)
+            tl.store(da + at_t + 2 * H, tl.where(valid[None, :], d_2, 0.0), there)
         if MODE == "LSTM":
-            tl.store(da_t + 3 * H, tl.where(valid[None, :], d_3, 0.0), inside)
+            tl.store(da + at_t + 3 * H, tl.where(valid[None, :], d_3, 0.0), there)
         if MODE == "GRU":
-            tl.store(db_t, tl.where(valid[None, :], d_0, 0.0), inside)
-            tl.store(db_t + H, tl.where(valid[None, :], d_1, 0.0), inside)
-            tl.store(db_t + 2 * H, tl.where(valid[None, :], d_2 * s_0, 0.0), inside)
+            tl.store(db + at_t, tl.where(valid[None, :], d_0, 0.0), there)
+            tl.store(db + at_t + H, tl.where(valid[None, :], d_1, 0.0), there)
+            tl.store(db + at_t + 2 * H, tl.where(valid[None, :], d_2 * s_0, 0.0), there)
         if SLICES > 1 or STACKED:
             arrive(counters)
     if steps > 0:
@@ -198,8 +215,9 @@ def _backward_kernel(
             wait(counters, steps * SLICES)
         else:
             tl.debug_barrier()
-        at = last.to(tl.int64) * slot + own
-        around += product_of_parts(w, db, at, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, AHEAD, PRECISION)
+        at = _at(slots, last, own, K * row_length, length, B)
+        product = product_of_parts(w, db, at, GH, UNITS, BATCH, PARTS, CHUNK, CHUNKS, AHEAD, PRECISION)
+        around += _there(product, slots, last, length)
         if resets is not None:
             cut = tl.load(resets + (k * T + last).to(tl.int64) * B + row, present, 0) != 0
             around, dh_initial = _cut(around, dh_initial, cut, TO_INITIAL)
@@ -207,8 +225,10 @@ def _backward_kernel(
     tl.store(dh + at_state, around + dh_initial, inside)
     if MODE == "LSTM":
         tl.store(dc + at_state, dc_next + dc_initial, inside)
+    if slots is not None:
+        T = steps
     for n in range(0, T - steps):  # steps of no row here
-        at_t = (steps + n).to(tl.int64) * slot + at_d
+        at_t = at_step(slots, steps + n, K * row_length, B) + at_d
         for block in tl.static_range(GATES):
             tl.store(da + at_t + block * H, nothing.to(da.dtype.element_ty), inside)
             if MODE == "GRU":
@@ -217,24 +237,25 @@ def _backward_kernel(
 
 def sequence_backward(
     mode: str,
-    dy: Tensor | None,  # [T, B, K H]
-    dcells: Tensor | None,  # [K, T, B, H] fp32, LSTM; not read behind lengths
+    dy: Tensor | None,  # [N, K H]
+    dcells: Tensor | None,  # [K, N, H] fp32, LSTM; not read behind lengths
     weights: Tensor,  # [K, GH, width]
     weights_x: Tensor | None,  # [K - 1, GH, width], W_ih of layers above the first, where K are layers
-    y: Tensor | None,  # [T, B, K H], RNN
-    h_prev: Tensor | None,  # [K, T, B, H], what each step started from; GRU
-    gates: Tensor | None,  # [K, T, B, SH]
-    cells: Tensor | None,  # [K, T, B, H] fp32
+    y: Tensor | None,  # [N, K H], RNN
+    h_prev: Tensor | None,  # [K, N, H], what each step started from; GRU
+    gates: Tensor | None,  # [K, N, SH]
+    cells: Tensor | None,  # [K, N, H] fp32
     c0: Tensor | None,  # [K, B, H] fp32
     lengths: Tensor | None,  # int64 [B]
     order: Tensor | None,  # int64 [B]
+    slots: Tensor | None,  # int64 [T + 2] of packed rows, as in `sequence_forward`
     resets: Tensor | None,  # bool [K, T, B]
     to_initial: bool,
     reverse: bool,
     dh: Tensor,  # in and out [K, B, H] fp32: the gradient of h_n, then of h0
     dc: Tensor | None,  # in and out [K, B, H] fp32, LSTM
-    da: Tensor,  # out [T, B, K, row], the gradient of the input product in the first GH of a row; zero behind lengths
-    db: Tensor | None,  # out [T, B, K, row], of the hidden product where that is another; GRU
+    da: Tensor,  # out [N, K, row], the gradient of the input product in the first GH of a row; zero behind lengths
+    db: Tensor | None,  # out [N, K, row], of the hidden product where that is another; GRU
     units: int,
     parts: int,
     chunk: int,
@@ -246,17 +267,18 @@ def sequence_backward(
     resident: int,  # groups in one launch; of a stack whole ones
     precision: str,
 ) -> None:
-    """A layer, or a stack of them. All tensors are contiguous."""
-    (K, B, H), T = dh.shape, len(da)
+    """A layer, or a stack of them. All tensors are contiguous; N rows are T steps of B, or packed ones."""
+    K, B, H = dh.shape
     if dh.numel() == 0:
         return
+    T = len(da) // B if slots is None else len(slots) - 2
     slices, tiles = triton.cdiv(H, units), triton.cdiv(B, batch_tile)
     together = slices > 1 or weights_x is not None
     counters = torch.zeros(K * tiles, dtype=torch.int32, device=dh.device) if together else None
     for first in range(0, K * tiles, resident):
         _backward_kernel[(min(resident, K * tiles - first) * slices,)](
-            dy, dcells, weights, weights_x, y, h_prev, gates, cells, c0, lengths, order, resets, dh, dc, da,
-            da if db is None else db, counters, T, B, H, weights.shape[-1], da.shape[-1], first, MODE=mode, K=K,
+            dy, dcells, weights, weights_x, y, h_prev, gates, cells, c0, lengths, order, slots, resets, dh, dc,
+            da, da if db is None else db, counters, T, B, H, weights.shape[-1], da.shape[-1], first, MODE=mode, K=K,
             REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, PARTS=parts, CHUNK=chunk, CHUNKS=chunks, AHEAD=ahead,
             BATCH=batch_tile, SLICES=slices, PRECISION=precision, num_warps=warps, num_stages=1,
             maxnreg=registers or None, launch_cooperative_grid=together,

@@ -25,16 +25,19 @@ import triton.language as tl
 from torch import Tensor
 
 from rnnattn.kernels.grid_barrier import arrive, wait
-from rnnattn.kernels.math import dot, sigmoid, tanh, uniform
+from rnnattn.kernels.math import dot, sigmoid, tanh
 from rnnattn.kernels.sequence_products import hold_rows, product
+from rnnattn.kernels.sequence_rows import at_slot, at_step, before_scan, row_of_step, rows_of_tile
 
 
 @triton.jit
-def _inputs(gates_x, n, steps, reverse, step_length, offsets, inside):
+def _inputs(gates_x, slots, n, steps, reverse, row_length, offsets, length, inside, B):
     """What the input product gave the n-th step, of the last one for those behind it."""
     n = tl.minimum(n, steps - 1)
     t = tl.maximum(tl.where(reverse, steps - 1 - n, n), 0)
-    return tl.load(gates_x + t.to(tl.int64) * step_length + offsets, inside, 0.0)
+    if slots is not None:
+        inside = inside & (t < length)[None, :]
+    return tl.load(gates_x + at_step(slots, t, row_length, B) + offsets, inside, 0.0)
 
 
 @triton.jit
@@ -48,17 +51,18 @@ def _four(tile, UNITS: tl.constexpr, BATCH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "B", "first_group"])
 def _forward_kernel(
-    gates_x,  # [T, B, K GH] fp32; of a stack [T, B, GH], the first layer's
+    gates_x,  # [N, K GH] fp32; of a stack [N, GH], the first layer's
     weights,  # [K, GH, width]
     weights_x,  # [K - 1, GH, width], W_ih of a stack's further layers, or None
     bias,  # [K, SH] fp32 (RNN: [K, H]), or None
-    states,  # in and out [T + 2, B, K, width]
+    states,  # in and out [B + N + B, K, width]
     c0,  # [K, B, H] fp32, or None
     lengths,  # [B] int64, or None
     order,  # [B] int64, rows by falling length, or None
+    slots,  # [T + 2] int64 of packed rows, or None
     resets,  # [K, T, B] bool, or None
-    gates,  # out [K, T, B, SH], or None
-    cells,  # out [K, T, B, H] fp32, or None
+    gates,  # out [K, N, SH], or None
+    cells,  # out [K, N, H] fp32, or None
     h_n,  # out [K, B, H]
     c_n,  # out [K, B, H], or None
     counters,  # [tiles K] int32, zero, or None where nobody waits
@@ -90,16 +94,7 @@ def _forward_kernel(
     if STACKED:
         reverse = k < 0
 
-    place = tile * BATCH + tl.arange(0, BATCH)
-    present = place < B
-    row = tl.where(present, place, 0)  # what others read of a row that is not there, nobody stores
-    if order is not None:
-        row = tl.load(order + place, present, 0).to(tl.int32)
-    steps = T
-    if lengths is not None:
-        length = tl.load(lengths + row, present, 0).to(tl.int32)
-        steps = uniform(tl.max(length, 0))
-
+    row, present, length, steps = rows_of_tile(order, lengths, tile, T, B, BATCH)
     unit = first_unit + tl.arange(0, UNITS)
     inside = (unit < H)[:, None] & present[None, :]
     # Lines of the tile of gates. A GRU's are r, z, what r is multiplied by (hidden product and its bias) and what is
@@ -124,11 +119,11 @@ def _forward_kernel(
         bias_tile = tl.load(bias + k * BLOCKS * H + column, line_there, 0.0)[:, None]
 
     # Offsets in a step take 32 bits, steps 64.
-    slot = B.to(tl.int64) * K * width
     own = (row * K + k) * width
     first_slot = tl.where(reverse, T + 1, 0)
+    of_scan = before_scan(slots, k, T, B)
     at_state = (row[None, :] + k * B) * H + unit[:, None]  # in [K, B, H]
-    at_h = states + first_slot * slot + own[None, :] + unit[:, None]
+    at_h = states + at_slot(slots, first_slot, K * width, B) + own[None, :] + unit[:, None]
     h = tl.load(at_h, inside, 0.0).to(tl.float32)  # of the own units, where a row has got
     c_first = tl.load(c0 + at_state, inside, 0.0) if MODE == "LSTM" else tl.zeros_like(h)
     c = c_first
@@ -136,22 +131,25 @@ def _forward_kernel(
     if counters is not None:
         counters += group
 
-    inputs = B.to(tl.int64) * (K_X * GATES * H)
     at_input = ((row * K_X + k) * (GATES * H))[None, :] + (of_input * H + line_unit)[:, None]
     fed_there, saved_there = fed[:, None] & present[None, :], saved[:, None] & present[None, :]
     if STACKED:
         fed_there = fed_there & (k == 0)
-    a_next = _inputs(gates_x, 0, steps, reverse, inputs, at_input, fed_there)
+    inputs = K_X * GATES * H
+    a_next = _inputs(gates_x, slots, 0, steps, reverse, inputs, at_input, length, fed_there, B)
     for n in range(0, steps):
         t = tl.where(reverse, steps - 1 - n, n)
-        step = (k * T + t).to(tl.int64) * B  # in [K, T, B]
+        step = row_of_step(slots, of_scan, t, B)  # in [K, N]
         a = a_next
-        a_next = _inputs(gates_x, n + 1, steps, reverse, inputs, at_input, fed_there)  # under way for a whole step
+        # Under way for a whole step.
+        a_next = _inputs(gates_x, slots, n + 1, steps, reverse, inputs, at_input, length, fed_there, B)
         if bias is not None:
             a += bias_tile
-        valid = present
+        valid, stored, stored_gates = present, inside, saved_there
         if lengths is not None:
             valid = t < length
+        if slots is not None:  # which have no other rows
+            stored, stored_gates = inside & valid[None, :], saved_there & valid[None, :]
         started = h
         if resets is not None:
             anew = tl.load(resets + step + row, present, 0) != 0
@@ -159,7 +157,7 @@ def _forward_kernel(
         if STACKED:  # noqa: SIM102  (when compiled, the other at run time)
             if k > 0:
                 wait(counters - 1, (n + 1) * SLICES)
-                at = (t + 1).to(tl.int64) * slot + own - width
+                at = at_slot(slots, t + 1, K * width, B) + own - width
                 a += product(
                     w_x, states, at, None, width, BLOCKS * UNITS, BATCH, CHUNK, CHUNKS, AHEAD, APART, PRECISION
                 )
@@ -176,7 +174,7 @@ def _forward_kernel(
                     before = tl.where(anew, first_slot, before)
                 else:
                     readable = anew == 0
-            at = before.to(tl.int64) * slot + own
+            at = at_slot(slots, before, K * width, B) + own
             wait(counters, n * SLICES)
             b = product(w, states, at, readable, width, BLOCKS * UNITS, BATCH, CHUNK, CHUNKS, AHEAD, APART, PRECISION)
         # Functions of the gates where the product left them: split, they would be moved and computed several times.
@@ -200,27 +198,29 @@ def _forward_kernel(
             s_2 = tanh(a_n + s_0 * s_3)
             state = (1.0 - s_1) * s_2 + s_1 * started
         state = state.to(states.dtype.element_ty)
-        at_y = states + (t + 1).to(tl.int64) * slot + own[None, :] + unit[:, None]
-        tl.store(at_y, tl.where(valid[None, :], state, 0.0), inside)
+        at_y = states + at_slot(slots, t + 1, K * width, B) + own[None, :] + unit[:, None]
+        tl.store(at_y, tl.where(valid[None, :], state, 0.0), stored)
         if SLICES > 1 or STACKED:
             arrive(counters)
         h = tl.where(valid[None, :], state.to(tl.float32), h)
         if gates is not None:
             at_gates = gates + step * (4 * H) + (row * (4 * H))[None, :]
             values = tl.where(valid[None, :], activated, 0.0).to(gates.dtype.element_ty)
-            tl.store(at_gates + (of_saved * H + line_unit)[:, None], values, saved_there)
+            tl.store(at_gates + (of_saved * H + line_unit)[:, None], values, stored_gates)
             if MODE == "GRU":
-                tl.store(at_gates + 2 * H + unit[:, None], tl.where(valid[None, :], s_2, 0.0), inside)
+                tl.store(at_gates + 2 * H + unit[:, None], tl.where(valid[None, :], s_2, 0.0), stored)
         if cells is not None:
-            tl.store(cells + step * H + (row * H)[None, :] + unit[:, None], c, inside)
+            tl.store(cells + step * H + (row * H)[None, :] + unit[:, None], c, stored)
     tl.store(h_n + at_state, h.to(h_n.dtype.element_ty), inside)
     if MODE == "LSTM":
         tl.store(c_n + at_state, c.to(c_n.dtype.element_ty), inside)
         c = tl.where(reverse, c_first, c)  # what rows have before they begin, or after they end
+    if slots is not None:
+        T = steps
     for n in range(0, T - steps):  # steps of no row here
         t = steps + n
-        step = (k * T + t).to(tl.int64) * B
-        at_y = states + (t + 1).to(tl.int64) * slot + own[None, :] + unit[:, None]
+        step = row_of_step(slots, of_scan, t, B)
+        at_y = states + at_slot(slots, t + 1, K * width, B) + own[None, :] + unit[:, None]
         tl.store(at_y, tl.zeros((UNITS, BATCH), states.dtype.element_ty), inside)
         if gates is not None:
             at_gates = gates + step * (4 * H) + (row * (4 * H))[None, :] + column[:, None]
@@ -232,19 +232,20 @@ def _forward_kernel(
 
 def sequence_forward(
     mode: str,
-    gates_x: Tensor,  # [T, B, K GH] fp32; of a stack [T, B, GH]
+    gates_x: Tensor,  # [N, K GH] fp32; of a stack [N, GH]
     weights: Tensor,  # [K, GH, width], zero behind the first H columns
     weights_x: Tensor | None,  # [K - 1, GH, width], likewise: W_ih of layers above the first, where K are layers
     bias: Tensor | None,  # [K, SH] fp32 (RNN: [K, H]); GRU: of r, of z, b_hn, b_in
-    states: Tensor,  # [T + 2, B, K, width], zero likewise; in: h0, forwards in the first slot, backwards in the last
+    states: Tensor,  # [B + N + B, K, width], zero likewise; in: h0, forwards in the first slot, backwards in the last
     c0: Tensor | None,  # [K, B, H] fp32, LSTM
     lengths: Tensor | None,  # int64 [B]
-    order: Tensor | None,  # int64 [B], with lengths: rows by falling length
+    order: Tensor | None,  # int64 [B], with lengths: rows by falling length; packed ones are in that order
+    slots: Tensor | None,  # int64 [T + 2] of packed rows: where those of each slot begin in states
     resets: Tensor | None,  # bool [K, T, B], what `scan_resets` says of each direction
     to_initial: bool,
     reverse: bool,  # of a lone direction
-    gates: Tensor | None,  # out [K, T, B, SH]
-    cells: Tensor | None,  # out [K, T, B, H] fp32
+    gates: Tensor | None,  # out [K, N, SH]
+    cells: Tensor | None,  # out [K, N, H] fp32
     h_n: Tensor,  # out [K, B, H]
     c_n: Tensor | None,  # out [K, B, H], LSTM
     units: int,
@@ -258,22 +259,23 @@ def sequence_forward(
     resident: int,  # groups in one launch; of a stack whole ones
     precision: str,
 ) -> None:
-    """A layer, or a stack of them. All tensors are contiguous.
+    """A layer, or a stack of them. All tensors are contiguous; N rows are T steps of B, or packed ones.
 
     At steps behind a row's length y and gates are zero, cells what the row has there, and its h_n and c_n those of its
-    own end.
+    own end. Packed rows have no such steps, and no resets.
     """
-    (K, B, H), T, width = h_n.shape, len(gates_x), weights.shape[-1]
+    (K, B, H), width = h_n.shape, weights.shape[-1]
     if h_n.numel() == 0:
         return
+    T = len(gates_x) // B if slots is None else len(slots) - 2
     slices, tiles = triton.cdiv(H, units), triton.cdiv(B, batch_tile)
     together = slices > 1 or weights_x is not None
     counters = torch.zeros(K * tiles, dtype=torch.int32, device=h_n.device) if together else None
     for first in range(0, K * tiles, resident):
         _forward_kernel[(min(resident, K * tiles - first) * slices,)](
-            gates_x, weights, weights_x, bias, states, c0, lengths, order, resets, gates, cells, h_n, c_n, counters, T,
-            B, H, width, first, MODE=mode, K=K, REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units, CHUNK=chunk,
-            CHUNKS=chunks, AHEAD=ahead, APART=apart, BATCH=batch_tile, SLICES=slices, PRECISION=precision,
+            gates_x, weights, weights_x, bias, states, c0, lengths, order, slots, resets, gates, cells, h_n, c_n,
+            counters, T, B, H, width, first, MODE=mode, K=K, REVERSE=reverse, TO_INITIAL=to_initial, UNITS=units,
+            CHUNK=chunk, CHUNKS=chunks, AHEAD=ahead, APART=apart, BATCH=batch_tile, SLICES=slices, PRECISION=precision,
             num_warps=warps, num_stages=1, maxnreg=registers or None, launch_cooperative_grid=together,
         )  # fmt: skip
 

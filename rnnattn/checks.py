@@ -47,14 +47,14 @@ def checked_lengths(lengths: Tensor | Sequence[int] | None, B: int, T: int, devi
 def checked_steps(
     op: str, x: Tensor, lengths: Tensor | Sequence[int] | Packing | None
 ) -> tuple[int, int, Tensor | None]:
-    """T, B and int64 lengths [B] of x [T, B, I], or of packed rows x [N, I].
+    """T, B and int64 lengths [B] of x [T, B, I], or of packed rows x [N, I]; of these on the CPU, whatever has x.
 
     Raises:
         RuntimeError: not such an x. The others as `checked_lengths`.
     """
     if isinstance(lengths, Packing):
         T, B = lengths.shape
-        return T, B, lengths.lengths().to(x.device)
+        return T, B, lengths.lengths()
     if x.dim() != 3:
         raise RuntimeError(f"{op}: expected input with 3 dimensions, got shape {list(x.shape)}")
     T, B, _ = x.shape

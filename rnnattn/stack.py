@@ -73,6 +73,7 @@ def run_stack(
     padded_for = packing if regularised or in_chunks or not backends.get(backend).reads_packed else None
     if padded_for is not None:
         x, packing = padded_for.padded(x), None
+        lengths = None if lengths is None else lengths.to(x.device, non_blocking=True)
     cells = None
     if backend == "torch":
         y, h_n, c_n = backends.TORCH.recurrent(

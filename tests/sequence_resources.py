@@ -3,7 +3,7 @@
     python -m tests.sequence_resources 90 [--thorough]
 
 Plain: one direction, saving what the backward needs. Full: also lengths, resets to the initial states, both directions.
-Stack: two layers at the same time, plain.
+Packed: packed rows, both directions. Stack: two layers at the same time, plain.
 Spilled are accesses of the stack in the loop over time; a stack without them is one of the start, of 8 or 16 bytes.
 Bytes are those that the loop over time loads from global memory, of what programs exchange and of everything else: the
 weights are not among them.
@@ -92,14 +92,15 @@ def launch(
 ) -> None:
     from rnnattn.kernels import sequence_backward, sequence_forward
 
-    full, stack = variant == "full", variant == "stack"
-    T, K, cell, wide = 4, 2 if full or stack else 1, CELLS[mode], torch.float32
+    full, packed, stack = (variant == name for name in ("full", "packed", "stack"))
+    T, K, cell, wide = 4, 1 if variant == "plain" else 2, CELLS[mode], torch.float32
     GH, width, lstm = cell.blocks * H, -(-H // 16) * 16, mode == "LSTM"
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    rows = torch.zeros(B, dtype=torch.int64) if full else None
+    lengths = torch.zeros(B, dtype=torch.int64) if full or packed else None
+    of_rows = lengths, lengths if full else None, torch.zeros(T + 2, dtype=torch.int64) if packed else None
     resets = torch.zeros(K, T, B, dtype=torch.bool) if full else None
     gates, cells = new(K, T, B, 4 * H) if cell.saved else None, new(K, T, B, H, dtype=wide) if lstm else None
     states, sums = new(K, B, H), new(K, B, H, dtype=wide)
@@ -107,16 +108,16 @@ def launch(
     w_x, K_x = (w[1:], 1) if stack else (None, K)
     if kernel == "forward":
         sequence_forward(
-            mode, new(T, B, K_x * GH, dtype=wide), w, w_x, new(K, 4 * H, dtype=wide), new(T + 2, B, K, width), of_lstm,
-            rows, rows, resets, True, False, gates, cells, states,
+            mode, new(T * B, K_x * GH, dtype=wide), w, w_x, new(K, 4 * H, dtype=wide), new((T + 2) * B, K, width),
+            of_lstm, *of_rows, resets, True, False, gates, cells, states,
             states if lstm else None, p.units, p.chunk, p.chunks, p.ahead, p.apart, p.batch_tile, p.warps,
             p.registers, p.resident, precision,
         )  # fmt: skip
         return
-    y, da = new(T, B, K * H), new(T, B, K, -(-GH // 16) * 16)
+    y, da = new(T, B, K * H), new(T * B, K, -(-GH // 16) * 16)
     sequence_backward(
         mode, y, None, w, w_x, None if cell.saved else y, None if cell.shared else new(K, T, B, H),
-        gates, cells, of_lstm, rows, rows, resets, True, False, sums, of_lstm, da, None if cell.shared else da, p.units,
+        gates, cells, of_lstm, *of_rows, resets, True, False, sums, of_lstm, da, None if cell.shared else da, p.units,
         p.parts, p.chunk, p.chunks, p.ahead, p.batch_tile, p.warps, p.registers, p.resident, precision,
     )  # fmt: skip
 
@@ -129,8 +130,8 @@ def rows(architecture: int, thorough: bool) -> Iterator[SequenceRow]:
         dtype = DTYPES[name]
         for mode, H, B in GRID if thorough else SAMPLE.get(name, []):
             for kernel in ("forward", "backward"):
-                for variant in ("plain", "full", "stack"):
-                    directions, layers = (2, 1) if variant == "full" else (1, 2 if variant == "stack" else 1)
+                for variant in ("plain", "full", "packed", "stack"):
+                    directions, layers = {"plain": (1, 1), "stack": (1, 2)}.get(variant, (2, 1))
                     p = sequence_plan.plan(
                         device, mode, B, 1000, H, dtype, directions, kernel == "backward", name != "fp32",
                         layers=layers,

@@ -20,15 +20,23 @@ kinds = pytest.mark.parametrize("kind", ("LSTM", "GRU", "RNN"))
 I, H = 3, 4
 
 
-@pytest.fixture(params=backend_parameters("reference", "cpp"))
+@pytest.fixture(params=backend_parameters("reference", "cpp", "triton"))
 def chosen(request: pytest.FixtureRequest) -> Iterator[str]:
     with rnnattn.use_backend(request.param):
         yield request.param
 
 
-def module(kind: str, **options: Any) -> Any:
+def module(kind: str, dtype: torch.dtype = F64, **options: Any) -> Any:
     torch.manual_seed(0)
-    return getattr(rnnattn, kind)(I, H, num_layers=2, bidirectional=True, dtype=F64, **options)
+    return getattr(rnnattn, kind)(I, H, num_layers=2, bidirectional=True, dtype=dtype, **options)
+
+
+def widest(backend: str) -> torch.dtype:
+    return F32 if backend == "triton" else F64
+
+
+def alike(results: list[Any], dtype: torch.dtype) -> None:
+    close(*results) if dtype == F64 else torch.testing.assert_close(*results)
 
 
 def like(packed: PackedSequence, data: Tensor) -> PackedSequence:
@@ -38,9 +46,10 @@ def like(packed: PackedSequence, data: Tensor) -> PackedSequence:
 @pytest.mark.parametrize("lengths", ([2, 5, 3], [5, 5, 5], [1, 1, 1], [4]), ids=str)
 @kinds
 def test_the_same_as_with_lengths(kind: str, lengths: list[int], chosen: str) -> None:
-    m, T = module(kind), max(lengths)
-    x = torch.randn(T, len(lengths), I, dtype=F64, requires_grad=True)
-    dy, results = torch.randn(T, len(lengths), 2 * H, dtype=F64), []
+    dtype, T = widest(chosen), max(lengths)
+    m = module(kind, dtype)
+    x = torch.randn(T, len(lengths), I, dtype=dtype, requires_grad=True)
+    dy, results = torch.randn(T, len(lengths), 2 * H, dtype=dtype), []
     for packed in (True, False):
         if packed:
             y, states = m(pack_padded_sequence(x, lengths, enforce_sorted=False))
@@ -49,13 +58,13 @@ def test_the_same_as_with_lengths(kind: str, lengths: list[int], chosen: str) ->
             y, states = m(x, lengths=lengths)
         gradients = torch.autograd.grad(y, [x, *m.parameters()], dy)
         results.append((y.detach(), states, gradients))
-    close(*results)
+    alike(results, dtype)
 
 
 def test_what_pads_a_row_is_read_by_nobody(chosen: str) -> None:
     """Rows behind a length are filled with any of the others: NaN in one row stays in it."""
-    m = module("LSTM")
-    x = torch.randn(5, 3, I, dtype=F64)
+    m = module("LSTM", widest(chosen))
+    x = torch.randn(5, 3, I, dtype=widest(chosen))
     x[:, 1] = torch.nan
     packed = pack_padded_sequence(x, torch.tensor([2, 5, 3]), enforce_sorted=False)
     data = packed.data.clone().requires_grad_()
@@ -104,9 +113,9 @@ def test_what_maps_or_differentiates_the_gradient_alone(backend: str) -> None:
 
 @pytest.mark.parametrize("batch_sizes", ([2, 2], [2, 2, 2], [3, 1, 3], [4, 1, 0], [1, 4], [], 5, [[3, 2]]), ids=str)
 def test_batch_sizes_that_do_not_fit(batch_sizes: Any, chosen: str) -> None:
-    packed = PackedSequence(torch.randn(5, I, dtype=F64), torch.tensor(batch_sizes, dtype=torch.int64))
+    packed = PackedSequence(torch.randn(5, I, dtype=widest(chosen)), torch.tensor(batch_sizes, dtype=torch.int64))
     with pytest.raises(RuntimeError, match=r"batch_sizes: expected .* got"):
-        module("LSTM")(packed)
+        module("LSTM", widest(chosen))(packed)
 
 
 @pytest.mark.parametrize("dtype", (torch.uint8, torch.int32, torch.bool), ids=str)
@@ -119,20 +128,21 @@ def test_batch_sizes_are_int64(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("settings", ({}, {"zoneout": 0.1}, {"recompute": "chunk"}), ids=str)
 def test_a_call_is_explained_once(settings: Any, chosen: str) -> None:
-    packed = pack_padded_sequence(torch.randn(3, 2, I, dtype=F64), [3, 2])
-    explained = rnnattn.explain(module("LSTM", **settings), packed)
+    packed = pack_padded_sequence(torch.randn(3, 2, I, dtype=widest(chosen)), [3, 2])
+    explained = rnnattn.explain(module("LSTM", widest(chosen), **settings), packed)
     assert len(explained) == 1 and explained[0].backend == chosen
 
 
 def test_gaps_between_elements(chosen: str) -> None:
-    m, wide = module("GRU"), torch.randn(5, 2 * I, dtype=F64)
-    packed, dy = PackedSequence(wide[:, ::2], torch.tensor([3, 2])), torch.randn(4 * H, 5, dtype=F64).t()[:, ::2]
+    dtype = widest(chosen)
+    m, wide = module("GRU", dtype), torch.randn(5, 2 * I, dtype=dtype)
+    packed, dy = PackedSequence(wide[:, ::2], torch.tensor([3, 2])), torch.randn(4 * H, 5, dtype=dtype).t()[:, ::2]
     results = []
     for data in (packed.data, packed.data.contiguous()):
         leaf = data.detach().requires_grad_()
         y = m(like(packed, leaf))[0].data
         results.append((y.detach(), torch.autograd.grad(y, [leaf, *m.parameters()], dy)))
-    close(*results)
+    alike(results, dtype)
 
 
 def test_torchs_own_kernels_take_packed_rows() -> None:
@@ -159,7 +169,7 @@ def test_prepared_modules(precision: str, backend: str) -> None:
         close((pad_packed_sequence(y)[0], h), m(x, lengths=lengths))
 
 
-@pytest.mark.parametrize("backend", backend_parameters("cpp"))
+@pytest.mark.parametrize("backend", backend_parameters("cpp", "triton"))
 def test_the_operator_checks_lengths(backend: str) -> None:
     x, h0, weights = torch.randn(5, I), torch.zeros(1, 2, H), [torch.zeros(H, I), torch.zeros(H, H)]
 

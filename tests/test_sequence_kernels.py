@@ -94,6 +94,16 @@ def test_rows_of_several_tiles_end_by_themselves_on_triton(tier: str) -> None:
     assert_close(run(case, F32), truth(case, F32), case.op, F32, "triton")
 
 
+@pytest.mark.parametrize("direction, layers", [("forward", 1), ("bidirectional", 1), ("forward", 2)])
+@pytest.mark.parametrize("mode", ("LSTM", "GRU", "RNN_TANH"))
+def test_packed_rows_of_several_tiles_on_triton(mode: str, direction: str, layers: int, tier: str) -> None:
+    """Two of them, of 16 and 3 rows; several programs a tile in T1."""
+    lengths = (6, 6, 5, *(4,) * 11, 2, 1, 1, 1, 1)
+    case = RecurrentCase(19, 6, 3, 20, "", mode, direction=direction, layers=layers, layout="packed", lengths=lengths,
+                         states=True)  # fmt: skip
+    assert_close(run(case, F32), truth(case, F32), case.op, F32, "triton")
+
+
 @pytest.mark.parametrize("tier", ["T0"], indirect=True)
 @pytest.mark.parametrize("H", [5, 16])
 @pytest.mark.parametrize("direction", ["forward", "bidirectional", "stack"])

@@ -4,7 +4,8 @@ of layers (`rnnattn.reference.stack`).
 Shapes and equations: `rnnattn.reference.recurrent`. The operator's contract is the whole layer, so that
 a backend decides by itself where the input product goes and what one launch covers. What a mode does
 not have (c_n, gates, cells, dc0) is an empty tensor here. Of backends that read packed sequences x may
-be one, [N, I] with lengths that fall: y, gates, cells and their gradients then have N in the place of T, B.
+be one, [N, I] with lengths that fall, best on the CPU: y, gates, cells and their gradients then have N in the place of
+T, B.
 """
 
 from __future__ import annotations
@@ -168,16 +169,19 @@ def _differentiable_backward(*arguments, own_gates=False):  # type: ignore[no-un
 def _equations(lengths: Tensor | None, *settings: Any) -> Any:
     """The outputs of the reference that have cotangents, as a function of its differentiable inputs."""
 
-    def forward(x: Tensor, h0: Tensor, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
-        if x.dim() == 2:
-            assert lengths is not None
-            packing = Packing.of_lengths(lengths, len(x))
-            y, h_n, c_n, cells = forward(packing.padded(x), h0, c0, *weights)
-            if c0 is not None:
-                cells = packing.packed(cells.movedim(0, 2)).movedim(1, 0)
-            return packing.packed(y), h_n, c_n, cells
+    def padded(x: Tensor, lengths: Tensor | None, h0: Tensor, c0: Tensor | None, weights: Any) -> tuple[Tensor, ...]:
         y, h_n, c_n, _, cells = recurrent_layer_forward(x, h0, c0, list(weights), lengths, *settings)
         return y, h_n, c_n, cells if c0 is None else zero_invalid(cells, lengths)
+
+    def forward(x: Tensor, h0: Tensor, c0: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
+        if x.dim() == 3:
+            return padded(x, lengths, h0, c0, weights)
+        assert lengths is not None
+        packing = Packing.of_lengths(lengths, len(x))
+        y, h_n, c_n, cells = padded(packing.padded(x), lengths.to(x.device), h0, c0, weights)
+        if c0 is not None:
+            cells = packing.packed(cells.movedim(0, 2)).movedim(1, 0)
+        return packing.packed(y), h_n, c_n, cells
 
     return forward
 

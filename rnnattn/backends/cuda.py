@@ -16,6 +16,7 @@ from rnnattn.backends import pool_gemms, regularised_steps, stepwise, stepwise_b
 from rnnattn.backends.base import Backend, Call
 from rnnattn.backends.cpp import build_info, extension_error, native
 from rnnattn.backends.regularised import scan_gradients
+from rnnattn.backends.rows import Rows
 from rnnattn.reference.attention_pool import kept_steps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,6 +27,7 @@ BLOCKS = 512  # enough of them to fill a GPU
 
 class Cuda(Backend):
     name = "cuda"
+    reads_packed = True
 
     @property
     def ops(self) -> Any:
@@ -68,19 +70,19 @@ class Cuda(Backend):
     def recurrent_layer_forward(  # type: ignore[no-untyped-def]
         self, x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
     ):
-        lengths = pool_gemms.dense_rows(lengths)
+        rows = Rows.of(x, h0.shape[1], lengths, resets)
         return stepwise.layer_forward(
-            self._step(), x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
+            self._step(), rows, x, h0, c0, weights, resets, reset_to_initial, has_biases, direction, mode, save
         )
 
     def recurrent_layer_backward(  # type: ignore[no-untyped-def]
         self, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
         has_biases, direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
     ):  # fmt: skip
-        lengths = pool_gemms.dense_rows(lengths)
+        rows = Rows.of(x, h0.shape[1], lengths, resets)
         return stepwise_backward.layer_backward(
-            self._step(), dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates,
-            cells, has_biases, direction, mode, needs_dx, needs_dweights,
+            self._step(), rows, dy, dh_n, dc_n, dcells, x, h0, c0, weights, resets, reset_to_initial, y, gates, cells,
+            has_biases, direction, mode, needs_dx, needs_dweights,
         )  # fmt: skip
 
     def regularised_scan_forward(self, *arguments):  # type: ignore[no-untyped-def]

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rnnattn.backends.rows import Rows
 from rnnattn.backends.sequence_tiles import ALIGNED
 from rnnattn.backends.stepwise import biases, contiguous, matmul
-from rnnattn.backends.stepwise_backward import start, started_from
+from rnnattn.backends.stepwise_backward import start
 from rnnattn.reference import (
     CELLS,
     STACK,
@@ -52,11 +53,11 @@ def layer_forward(
     kernels: SequenceKernels,
     launch: Launch,
     precision: str,
+    rows: Rows,
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
     weights: list[Tensor],
-    lengths: Tensor | None,
     resets: Tensor | None,
     reset_to_initial: bool,
     has_biases: bool,
@@ -65,30 +66,30 @@ def layer_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """`rnnattn.reference.recurrent_layer_forward`, of one row and step at least."""
-    cell, stacked = CELLS[mode], direction == STACK and len(h0) > 1
-    (T, B, I), (K, _, H), acc = x.shape, h0.shape, accumulation_dtype(x.dtype)
-    reverses = reverses_of(direction, K)
+    cell, stacked, lengths = CELLS[mode], direction == STACK and len(h0) > 1, rows.lengths
+    N, (K, B, H), acc = rows.N, h0.shape, accumulation_dtype(x.dtype)
+    steps, reverses = x.shape[:-1], reverses_of(direction, K)
     parts = split_weights(weights, has_biases, K)
     w_ih = parts[0].w_ih if stacked else torch.cat([w.w_ih for w in parts])
-    gates_x = matmul(x.reshape(T * B, I), w_ih.t()).view(T, B, len(w_ih))
+    gates_x = matmul(x.flatten(0, -2), w_ih.t())
     bias = torch.stack([_bias(w, cell.shared, H) for w in parts]).to(acc) if has_biases else None
     w_hh, width = _padded([w.w_hh for w in parts])
     w_x = _padded([w.w_ih for w in parts[1:]])[0] if stacked else None
-    states = x.new_empty(T + 2, B, K, H) if width == H else x.new_zeros(T + 2, B, K, width)
+    states = x.new_empty(N + 2 * B, K, H) if width == H else x.new_zeros(N + 2 * B, K, width)
     for k, reverse in enumerate(reverses):
-        states[T + 1 if reverse else 0, :, k, :H] = h0[k]
-    gates = x.new_empty(K, T, B, cell.saved * H) if save and cell.saved else None
-    cells = x.new_empty(K, T, B, H, dtype=acc) if save and cell.has_c else None
+        (states[-B:, k, :H] if reverse else states[:B, k, :H]).copy_(h0[k])
+    gates = x.new_empty(K, *steps, cell.saved * H) if save and cell.saved else None
+    cells = x.new_empty(K, *steps, H, dtype=acc) if save and cell.has_c else None
     h_n, c_n = x.new_empty(K, B, H), None if c0 is None else x.new_empty(K, B, H)
     anew = [scan_resets(resets, reset_to_initial, h0[k], None, lengths, reverse) for k, reverse in enumerate(reverses)]
     kernels.forward(
         mode, gates_x, w_hh, w_x, bias, states, None if c0 is None else c0.to(acc).contiguous(), lengths,
-        _order(lengths), _flags(anew), reset_to_initial, reverses == (True,), gates, cells, h_n, c_n, launch.units,
-        launch.chunk, launch.chunks, launch.ahead, launch.apart, launch.batch_tile, launch.warps,
+        _order(rows), rows.slots, _flags(anew), reset_to_initial, reverses == (True,), gates, cells, h_n, c_n,
+        launch.units, launch.chunk, launch.chunks, launch.ahead, launch.apart, launch.batch_tile, launch.warps,
         launch.registers, launch.resident, precision,
     )  # fmt: skip
-    y = x.new_empty(T, B, K * H)  # no view: the caller may do with it what it likes
-    y.view(T, B, K, H).copy_(states[1 : T + 1, ..., :H])
+    y = x.new_empty(*steps, K * H)  # no view: the caller may do with it what it likes
+    y.view(N, K, H).copy_(states[B : B + N, :, :H])
     return y, h_n, x.new_empty(0) if c_n is None else c_n, gates, cells
 
 
@@ -96,6 +97,7 @@ def layer_backward(
     kernels: SequenceKernels,
     launch: Launch,
     precision: str,
+    rows: Rows,
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
@@ -104,7 +106,6 @@ def layer_backward(
     h0: Tensor,
     c0: Tensor | None,
     weights: list[Tensor],
-    lengths: Tensor | None,
     resets: Tensor | None,
     reset_to_initial: bool,
     y: Tensor,
@@ -117,41 +118,41 @@ def layer_backward(
     needs_dweights: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor] | None]:
     """`rnnattn.reference.recurrent_layer_backward`, of one row and step at least."""
-    cell, stacked = CELLS[mode], direction == STACK and len(h0) > 1
-    (T, B, I), (K, _, H), acc = x.shape, h0.shape, accumulation_dtype(x.dtype)
+    cell, stacked, lengths = CELLS[mode], direction == STACK and len(h0) > 1, rows.lengths
+    N, K, acc = rows.N, len(h0), accumulation_dtype(x.dtype)
     reverses = reverses_of(direction, K)
     parts = split_weights(weights, has_biases, K)
-    GH, outputs = cell.blocks * H, y.chunk(K, -1)
+    GH, outputs = cell.blocks * h0.shape[-1], y.chunk(K, -1)
     anew = [scan_resets(resets, reset_to_initial, h0[k], None, lengths, reverse) for k, reverse in enumerate(reverses)]
     h_prev: Tensor | None = None
     if needs_dweights or not cell.shared:
         each = zip(outputs, h0, anew, reverses, strict=True)
-        h_prev = torch.stack([started_from(y_k, h_k, lengths, reset, reverse) for y_k, h_k, reset, reverse in each])
+        h_prev = torch.stack([rows.previous(y_k, h_k, reset, reverse) for y_k, h_k, reset, reverse in each])
     dy, gates_k, cells_k = contiguous(dy, gates if cell.saved else None, cells if cell.has_c else None)
     c_full = None if c0 is None else c0.to(acc).contiguous()
     dh, dc = start(dh_n, h0), None if c0 is None else start(dc_n, c0)
-    da = x.new_empty(T, B, K, -(-GH // ALIGNED) * ALIGNED)
+    da = x.new_empty(N, K, -(-GH // ALIGNED) * ALIGNED)
     db = None if cell.shared else torch.empty_like(da)
     kernels.backward(
         mode, dy, None if dcells is None else dcells.to(acc).contiguous(), _padded([w.w_hh for w in parts])[0],
         _padded([w.w_ih for w in parts[1:]])[0] if stacked else None, None if cell.saved else y.contiguous(),
-        None if cell.shared else h_prev, gates_k, cells_k, c_full, lengths, _order(lengths), _flags(anew),
-        reset_to_initial, reverses == (True,), dh, dc, da, db, launch.units, launch.parts, launch.chunk, launch.chunks,
-        launch.ahead, launch.batch_tile, launch.warps, launch.registers, launch.resident, precision,
+        None if cell.shared else h_prev, gates_k, cells_k, c_full, lengths, _order(rows), rows.slots,
+        _flags(anew), reset_to_initial, reverses == (True,), dh, dc, da, db, launch.units, launch.parts, launch.chunk,
+        launch.chunks, launch.ahead, launch.batch_tile, launch.warps, launch.registers, launch.resident, precision,
     )  # fmt: skip
     dx: Tensor | None = None
     dweights: list[Tensor] | None = [] if needs_dweights else None
     for k, w in enumerate(parts):
-        da_k, db_k = da[:, :, k, :GH], None if db is None else db[:, :, k, :GH]
+        da_k, db_k = da[:, k, :GH], None if db is None else db[:, k, :GH]
         if needs_dx and not (stacked and k):
-            part = matmul(da_k.reshape(T * B, GH), w.w_ih)
+            part = matmul(da_k, w.w_ih)
             dx = part if dx is None else dx.add_(part)
         if dweights is not None and h_prev is not None:
             dweights += layer_gradients(
                 da_k, db_k, None, outputs[k - 1] if stacked and k else x, h_prev[k], gates[k] if cell.saved else None,
-                cells[k] if cell.has_c else None, w, lengths,
+                cells[k] if cell.has_c else None, w, None if rows.packed else lengths,
             )  # fmt: skip
-    dx = None if dx is None else dx.view(T, B, I).to(x.dtype)
+    dx = None if dx is None else dx.view(x.shape).to(x.dtype)
     return dx, dh.to(x.dtype), x.new_empty(0) if dc is None else dc.to(x.dtype), dweights
 
 
@@ -169,9 +170,11 @@ def _bias(w: LayerWeights, shared: bool, H: int) -> Tensor:
     return bias if bias_q is None else torch.cat([bias[: 2 * H], bias_q.to(bias.dtype), bias[2 * H :]])
 
 
-def _order(lengths: Tensor | None) -> Tensor | None:
-    """Rows by falling length, so that those of a tile end together."""
-    return None if lengths is None else lengths.argsort(descending=True, stable=True)
+def _order(rows: Rows) -> Tensor | None:
+    """Rows by falling length, so that those of a tile end together; packed ones are so."""
+    if rows.lengths is None or rows.packed:
+        return None
+    return rows.lengths.argsort(descending=True, stable=True)
 
 
 def _flags(anew: list[Resets | None]) -> Tensor | None:

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rnnattn.backends.rows import Rows, following
 from rnnattn.reference import (
     CELLS,
     DIRECTIONS,
@@ -95,11 +96,11 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def layer_forward(
     kernels: StepKernels,
+    rows: Rows,
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
     weights: list[Tensor],
-    lengths: Tensor | None,
     resets: Tensor | None,
     reset_to_initial: bool,
     has_biases: bool,
@@ -109,36 +110,41 @@ def layer_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """`rnnattn.reference.recurrent_layer_forward`."""
     cell, reverses = CELLS[mode], DIRECTIONS[direction]
-    (T, B, I), (K, _, R) = x.shape, h0.shape
-    G, H, acc = cell.blocks, weights[0].shape[0] // cell.blocks, accumulation_dtype(x.dtype)
-    y = x.new_empty(T, B, K * R)
+    T, (K, _, R), steps = rows.T, h0.shape, x.shape[:-1]
+    H, acc = weights[0].shape[0] // cell.blocks, accumulation_dtype(x.dtype)
+    y = x.new_empty(*steps, K * R)
     h_n, c_n = torch.empty_like(h0), x.new_empty(0) if c0 is None else torch.empty_like(c0)
-    gates = x.new_empty(K, T, B, cell.saved * H) if save and cell.saved else None
-    cells = x.new_empty(K, T, B, H, dtype=acc) if save and cell.has_c else None
+    gates = x.new_empty(K, *steps, cell.saved * H) if save and cell.saved else None
+    cells = x.new_empty(K, *steps, H, dtype=acc) if save and cell.has_c else None
+    lengths = None if rows.packed else rows.lengths  # packed, a step has no row whose length is over
     valid = None if lengths is None else valid_steps(lengths, T)
     for k, w in enumerate(split_weights(weights, has_biases, K)):
-        gates_x = matmul(x.reshape(T * B, I), w.w_ih.t()).view(T, B, G * H)
+        gates_x = matmul(x.flatten(0, -2), w.w_ih.t()).unflatten(0, steps)
         bias, bias_q = biases(w, cell.shared, H)
         if bias is not None:
             gates_x += bias
         w_hh_t = wide(w.w_hh.t())
         w_hr_t = None if w.w_hr is None else wide(w.w_hr.t())
-        h, c = h0[k].contiguous(), None if c0 is None else c0[k].to(acc).contiguous()
-        reset = scan_resets(resets, reset_to_initial, h, c, lengths, reverses[k])
+        h_first, c_first = h0[k].contiguous(), None if c0 is None else c0[k].to(acc).contiguous()
+        reset = scan_resets(resets, reset_to_initial, h_first, c_first, lengths, reverses[k])
         flags = None if reset is None else reset.before[..., 0].contiguous()
-        h_reset, c_reset = (h, c) if flags is not None and reset_to_initial else (None, None)
+        h_reset, c_reset = (h_first, c_first) if flags is not None and reset_to_initial else (None, None)
         gates_reset = None if h_reset is None else matmul(h_reset, w_hh_t)
-        spare = () if c is None else (torch.empty_like(c), torch.empty_like(c))
+        spare = () if c_first is None else (torch.empty_like(c_first), torch.empty_like(c_first))
         takes_h = w_hr_t is None and (lengths is not None or not cell.shared)
+        h, c, y_k = h_first, c_first, y[..., k * R : (k + 1) * R]
         for n, t in enumerate(reversed(range(T)) if reverses[k] else range(T)):
-            c_next = cells[k, t] if cells is not None else spare[n % 2] if spare else None
-            y_t = y[t, :, k * R : (k + 1) * R]
+            y_t, size = rows.of_step(t, y_k), rows.sizes[t]
+            h = following(h, size, h_first, h_n[k])
+            if c is not None and c_first is not None:
+                c = following(c, size, c_first, c_n[k])
+            c_next = rows.of_step(t, cells[k]) if cells is not None else spare[n % 2][:size] if spare else None
             h_next = y_t if lengths is None else torch.empty_like(h)
-            projected = None if w_hr_t is None else x.new_empty(B, H)
+            projected = None if w_hr_t is None else x.new_empty(size, H)
             kernels.forward(
-                mode, gates_x[t], matmul(h, w_hh_t), bias_q, h if takes_h else None, c, lengths, t,
+                mode, rows.of_step(t, gates_x), matmul(h, w_hh_t), bias_q, h if takes_h else None, c, lengths, t,
                 None if flags is None else flags[t], gates_reset, None if cell.shared else h_reset, c_reset,
-                None if gates is None else gates[k, t], c_next, y_t if projected is None else projected,
+                None if gates is None else rows.of_step(t, gates[k]), c_next, y_t if projected is None else projected,
                 None if lengths is None or projected is not None else h_next,
             )  # fmt: skip
             if projected is not None and w_hr_t is not None:
@@ -147,9 +153,9 @@ def layer_forward(
                 if valid is not None:
                     h_next = torch.where(valid[t][:, None], h_next, h)
             h, c = h_next, c_next
-        h_n[k] = h
+        h_n[k, : len(h)] = h
         if c is not None:
-            c_n[k] = c
+            c_n[k, : len(c)] = c
     return y, h_n, c_n, gates, cells
 
 

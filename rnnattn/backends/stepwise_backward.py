@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from rnnattn.backends.rows import Rows, following
 from rnnattn.backends.stepwise import StepKernels, matmul, wide
 from rnnattn.reference import (
     CELLS,
@@ -15,7 +16,6 @@ from rnnattn.reference import (
     Resets,
     accumulation_dtype,
     layer_gradients,
-    previous_states,
     scan_resets,
     split_weights,
     valid_steps,
@@ -25,6 +25,7 @@ from rnnattn.reference import (
 
 def layer_backward(
     kernels: StepKernels,
+    rows: Rows,
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
@@ -33,7 +34,6 @@ def layer_backward(
     h0: Tensor,
     c0: Tensor | None,
     weights: list[Tensor],
-    lengths: Tensor | None,
     resets: Tensor | None,
     reset_to_initial: bool,
     y: Tensor,
@@ -47,11 +47,12 @@ def layer_backward(
 ) -> tuple[Tensor | None, Tensor, Tensor, list[Tensor] | None]:
     """`rnnattn.reference.recurrent_layer_backward`."""
     cell, reverses = CELLS[mode], DIRECTIONS[direction]
-    (T, B, I), (K, _, R), acc = x.shape, h0.shape, accumulation_dtype(x.dtype)
+    (K, _, R), acc = h0.shape, accumulation_dtype(x.dtype)
+    lengths = None if rows.packed else rows.lengths  # packed, a step has no row whose length is over
     if dy is not None and dy.stride(-1) != 1:
         dy = dy.contiguous()
     dcells = None if dcells is None else zero_invalid(dcells, lengths)
-    dx = x.new_zeros(T * B, I, dtype=acc) if needs_dx else None
+    dx = x.new_zeros(rows.N, x.shape[-1], dtype=acc) if needs_dx else None
     dh0, dc0 = torch.empty_like(h0), x.new_empty(0) if c0 is None else torch.empty_like(c0)
     dweights: list[Tensor] | None = [] if needs_dweights else None
     for k, w in enumerate(split_weights(weights, has_biases, K)):
@@ -60,28 +61,20 @@ def layer_backward(
         c0_k = None if c0 is None else c0[k].to(acc).contiguous()
         h0_k = h0[k].contiguous()
         reset = scan_resets(resets, reset_to_initial, h0_k, c0_k, lengths, reverses[k])
-        h_prev = started_from(y_k, h0_k, lengths, reset, reverses[k])
+        h_prev = rows.previous(y_k, h0_k, reset, reverses[k])
         dh_n_k, dc_n_k = None if dh_n is None else dh_n[k], None if dc_n is None else dc_n[k]
-        da, db, dh_out, dh, dc = _scan(
-            kernels, mode, dy_k, start(dh_n_k, h0_k), None if c0_k is None else start(dc_n_k, c0_k),
+        da, db, dh_out = _scan(
+            kernels, rows, mode, dy_k, start(dh_n_k, h0_k), None if c0_k is None else start(dc_n_k, c0_k),
             None if dcells is None else dcells[k], c0_k, w, lengths, reset, y_k, h_prev, gates_k, cells_k, reverses[k],
+            dh0[k], dc0 if c0_k is None else dc0[k],
         )  # fmt: skip
-        dh0[k] = dh
-        if dc is not None:
-            dc0[k] = dc
         if dx is not None:
-            dx += matmul(da.flatten(0, 1), w.w_ih)
+            dx += matmul(da.flatten(0, -2), w.w_ih)
         if dweights is not None:
             dweights += layer_gradients(
                 da, db, dh_out if dh_out is None else dh_out.to(x.dtype), x, h_prev, gates_k, cells_k, w, lengths
             )
-    return None if dx is None else dx.view(T, B, I).to(x.dtype), dh0, dc0, dweights
-
-
-def started_from(y: Tensor, h0: Tensor, lengths: Tensor | None, reset: Resets | None, reverse: bool) -> Tensor:
-    """h_prev [T, B, R] of one direction, where its scan is reset too."""
-    h_prev = previous_states(y, h0, lengths, reverse)
-    return h_prev if reset is None else torch.where(reset.before, reset.h, h_prev)
+    return None if dx is None else dx.view(x.shape).to(x.dtype), dh0, dc0, dweights
 
 
 def start(d: Tensor | None, state: Tensor) -> Tensor:
@@ -94,10 +87,11 @@ def start(d: Tensor | None, state: Tensor) -> Tensor:
 
 def _scan(
     kernels: StepKernels,
+    rows: Rows,
     mode: str,
     dy: Tensor | None,
-    dh: Tensor,
-    dc: Tensor | None,
+    dh_last: Tensor,
+    dc_last: Tensor | None,
     dcells: Tensor | None,
     c0: Tensor | None,
     w: LayerWeights,
@@ -108,55 +102,66 @@ def _scan(
     gates: Tensor | None,
     cells: Tensor | None,
     reverse: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """da [T, B, GH], db where that is another, dh_out [T, B, R] (the whole gradient of h_t) with a projection,
-    dh0 and dc0."""
-    (T, B, _), shared = y.shape, CELLS[mode].shared
+    dh0: Tensor,
+    dc0: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """da [T, B, GH] (packed [N, GH]), db where that is another, and dh_out [T, B, R] (the whole gradient of h_t) with a
+    projection. dh0 [B, R] and dc0 [B, H] are written to."""
+    T, shared = rows.T, CELLS[mode].shared
     w_hh, w_hr = wide(w.w_hh), None if w.w_hr is None else wide(w.w_hr)
     valid = None if lengths is None else valid_steps(lengths, T)[..., None]
-    da = y.new_empty(T, B, w_hh.shape[0])
+    da = y.new_empty(*y.shape[:-1], w_hh.shape[0])
     db = None if shared else torch.empty_like(da)
-    dh_out = None if w_hr is None else torch.zeros(T, B, y.shape[-1], dtype=dh.dtype, device=y.device)
+    dh_out = None if w_hr is None else torch.zeros(y.shape, dtype=dh_last.dtype, device=y.device)
     flags = None if reset is None else reset.before[..., 0].contiguous()
     gathers = reset is not None and reset.to_initial
-    dh_reset = torch.zeros_like(dh) if gathers else None
-    dc_reset = torch.zeros_like(dc) if gathers and dc is not None else None
+    dh_reset = torch.zeros_like(dh_last) if gathers else None
+    dc_reset = torch.zeros_like(dc_last) if gathers and dc_last is not None else None
     c_reset = c0 if gathers else None
     product: Tensor | None = None
-    around: Tensor | None = dh  # GRU's part, and what rows behind their lengths hand on: for others there is none
+    around: Tensor | None = dh_last  # GRU's part, and what rows behind their lengths hand on: for others there is none
     if shared and lengths is None:
-        product, around = dh, None
+        product, around = dh_last, None
     steps = list(reversed(range(T)) if reverse else range(T))
     after: Tensor | None = None
+    held, dc = rows.B, dc_last
     for n in reversed(range(T)):
         t = steps[n]
-        c_prev = c0 if cells is None or n == 0 else cells[steps[n - 1]]
+        size, of_step = rows.sizes[t], functools.partial(rows.of_step, t)
+        if size != held:
+            product, held = following(_sum(product, around), size, dh_last, dh0), size
+            around = None if around is None else torch.zeros_like(product)
+            dc = None if dc is None or dc_last is None else following(dc, size, dc_last, dc0)
+        c_prev = None
+        if cells is not None and c0 is not None:
+            c_prev = following(c0 if n == 0 else rows.of_step(steps[n - 1], cells), size, c0)
         here = None if flags is None else flags[t]
-        dy_t, db_t = None if dy is None else dy[t], None if db is None else db[t]
+        dy_t, da_t, db_t = None if dy is None else of_step(dy), of_step(da), None if db is None else of_step(db)
         if dc is not None and dcells is not None:
             # A kernel cuts all of dc where the step after was reset; what cells give to c_t is added after a cut here.
             product, around = (None if d is None else _kept_from(d, after, dh_reset) for d in (product, around))
-            dc, after = _kept_from(dc, after, dc_reset).add_(dcells[t]), None
+            dc, after = _kept_from(dc, after, dc_reset).add_(of_step(dcells)), None
         saved = (
-            None if gates is None else gates[t], y[t] if gates is None else None, None if shared else h_prev[t],
-            None if cells is None else cells[t], c_prev, lengths, t, here,
+            None if gates is None else of_step(gates), of_step(y) if gates is None else None,
+            None if shared else of_step(h_prev), None if cells is None else of_step(cells), c_prev, lengths, t, here,
         )  # fmt: skip
         if w_hr is None or dh_out is None:
             kernels.backward(
-                mode, dy_t, product, around, dc, *saved, after, c_reset, dh_reset, dc_reset, da[t], db_t
+                mode, dy_t, product, around, dc, *saved, after, c_reset, dh_reset, dc_reset, da_t, db_t
             )  # fmt: skip
         else:
             carried = _kept_from(_sum(product, around), after, dh_reset)
             dc = None if dc is None else _kept_from(dc, after, dc_reset)
             dh_t = _sum(dy_t, carried)
-            dh_out[t] = dh_t if valid is None else torch.where(valid[t], dh_t, 0)
+            of_step(dh_out).copy_(dh_t if valid is None else torch.where(valid[t], dh_t, 0))
             around = None if valid is None else torch.where(valid[t], 0, carried)
             dh_raw = matmul(dh_t.to(w_hr.dtype), w_hr)  # at the weights' precision where they are 16-bit (on CUDA)
-            kernels.backward(mode, None, dh_raw, None, dc, *saved, None, c_reset, None, None, da[t], None)
-        product, after = matmul(da[t] if db_t is None else db_t, w_hh), here
-    dh = _sum(_kept_from(_sum(product, around), after, dh_reset), dh_reset)
-    dc = None if dc is None else _sum(_kept_from(dc, after, dc_reset), dc_reset)
-    return da, db, dh_out, dh, dc
+            kernels.backward(mode, None, dh_raw, None, dc, *saved, None, c_reset, None, None, da_t, None)
+        product, after = matmul(da_t if db_t is None else db_t, w_hh), here
+    dh0[:held] = _sum(_kept_from(_sum(product, around), after, dh_reset), dh_reset)
+    if dc is not None:
+        dc0[:held] = _sum(_kept_from(dc, after, dc_reset), dc_reset)
+    return da, db, dh_out
 
 
 def _sum(*terms: Tensor | None) -> Tensor:

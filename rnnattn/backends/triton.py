@@ -17,6 +17,7 @@ from torch import Tensor
 from rnnattn.backends import pool_gemms, regularised_steps, sequence, sequence_choice, stepwise, stepwise_backward
 from rnnattn.backends.base import Backend, Call
 from rnnattn.backends.regularised import scan_gradients
+from rnnattn.backends.rows import Rows
 from rnnattn.reference import STACK, has_projection, stack_backward, stack_forward
 from rnnattn.reference.attention_pool import kept_steps
 
@@ -27,6 +28,7 @@ WIDEST_ROW = 4096  # units of a row that a step with layer norm does
 
 class Triton(Backend):
     name = "triton"
+    reads_packed = True
 
     def unavailable(self) -> str | None:
         if not _installed():
@@ -68,42 +70,41 @@ class Triton(Backend):
     def recurrent_layer_forward(  # type: ignore[no-untyped-def]
         self, x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
     ):
-        (lengths,) = stepwise.contiguous(lengths)
-        inputs, settings = (x, h0, c0, weights), (lengths, resets, reset_to_initial, has_biases)
-        launch = _launch(x, h0, weights, direction, mode, backward=False)
+        inputs, settings = (x, h0, c0, weights), (resets, reset_to_initial, has_biases)
+        rows = Rows.of(x, h0.shape[1], lengths, resets)
+        launch = _launch(x, rows, h0, weights, direction, mode, backward=False)
         if launch is None and direction == STACK:
 
             def layer(x, h, c, w):  # type: ignore[no-untyped-def]
-                return self.recurrent_layer_forward(x, h, c, w, *settings, "forward", mode, save)
+                return self.recurrent_layer_forward(x, h, c, w, lengths, *settings, "forward", mode, save)
 
             return stack_forward(layer, *inputs)
         with _device(x):
+            arguments = rows, *inputs, *settings, direction, mode, save
             if launch is None:
-                return stepwise.layer_forward(_step(), *inputs, *settings, direction, mode, save)
-            precision = sequence_choice.precision(x.dtype)
-            return sequence.layer_forward(_sequence(), launch, precision, *inputs, *settings, direction, mode, save)
+                return stepwise.layer_forward(_step(), *arguments)
+            return sequence.layer_forward(_sequence(), launch, sequence_choice.precision(x.dtype), *arguments)
 
     def recurrent_layer_backward(  # type: ignore[no-untyped-def]
         self, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
         has_biases, direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
     ):  # fmt: skip
-        (lengths,) = stepwise.contiguous(lengths)
         inputs, results = (dy, dh_n, dc_n, dcells, x, h0, c0, weights), (y, gates, cells)
-        ends = lengths, resets, reset_to_initial
-        launch = _launch(x, h0, weights, direction, mode, backward=True)
+        rows = Rows.of(x, h0.shape[1], lengths, resets)
+        launch = _launch(x, rows, h0, weights, direction, mode, backward=True)
         if launch is None and direction == STACK:
 
             def layer(dy, dh, dc, dcells, x, h, c, w, y, gates, cells, needs_dx):  # type: ignore[no-untyped-def]
-                arguments = dy, dh, dc, dcells, x, h, c, w, *ends, y, gates, cells
+                arguments = dy, dh, dc, dcells, x, h, c, w, lengths, resets, reset_to_initial, y, gates, cells
                 return self.recurrent_layer_backward(*arguments, has_biases, "forward", mode, needs_dx, needs_dweights)
 
             return stack_backward(layer, *inputs, *results, needs_dx)
         settings = has_biases, direction, mode, needs_dx, needs_dweights
         with _device(x):
+            arguments = rows, *inputs, resets, reset_to_initial, *results, *settings
             if launch is None:
-                return stepwise_backward.layer_backward(_step(), *inputs, *ends, *results, *settings)
-            precision = sequence_choice.precision(x.dtype)
-            return sequence.layer_backward(_sequence(), launch, precision, *inputs, *ends, *results, *settings)
+                return stepwise_backward.layer_backward(_step(), *arguments)
+            return sequence.layer_backward(_sequence(), launch, sequence_choice.precision(x.dtype), *arguments)
 
     def regularised_scan_forward(self, *arguments):  # type: ignore[no-untyped-def]
         with _device(arguments[0]):
@@ -182,14 +183,14 @@ def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def _launch(
-    x: Tensor, h0: Tensor, weights: list[Tensor], direction: str, mode: str, backward: bool
+    x: Tensor, rows: Rows, h0: Tensor, weights: list[Tensor], direction: str, mode: str, backward: bool
 ) -> sequence.Launch | None:
     """How the sequence kernels run a layer or a stack, or None: step by step, as always with a projection."""
-    (T, B, _), (K, _, H) = x.shape, h0.shape
+    K, B, H = h0.shape
     if has_projection(weights, K):
         return None
     directions, layers = (1, K) if direction == STACK else (K, 1)
-    return sequence_choice.launch_for(x.device, mode, B, T, H, x.dtype, directions, backward, layers)
+    return sequence_choice.launch_for(x.device, mode, B, rows.T, H, x.dtype, directions, backward, layers)
 
 
 def _recurrent_kernel(call: Call) -> str:

@@ -161,7 +161,7 @@ def layer_gradients(
 
     Args:
         da, db: [T, B, GH], gradients of a and b, zero at invalid steps; db is None where it is da. The
-            GEMMs run in their dtype.
+            GEMMs run in their dtype. As all of these they may be of packed rows [N, ...], without lengths.
         dh_out: [T, B, R], the whole gradient of h_t; it, gates and cells are read with a projection only.
         h_prev: [T, B, R] of `previous_states`. The rest as in `recurrent_layer_backward`.
 
@@ -170,11 +170,11 @@ def layer_gradients(
         and with a projection dw_hr.
     """
     dtype, acc = x.dtype, da.dtype
-    da_t = da.flatten(0, 1).t()
-    db_t = da_t if db is None else db.flatten(0, 1).t()
+    da_t = da.flatten(0, -2).t()
+    db_t = da_t if db is None else db.flatten(0, -2).t()
     gradients = [
-        da_t @ zero_invalid(x, lengths).to(acc).flatten(0, 1),
-        db_t @ h_prev.to(acc).flatten(0, 1),
+        da_t @ zero_invalid(x, lengths).to(acc).flatten(0, -2),
+        db_t @ h_prev.to(acc).flatten(0, -2),
     ]
     if w.b_ih is not None:
         gradients += [d.sum(1) for d in ((da_t,) if db is None else (da_t, db_t))]
@@ -182,5 +182,5 @@ def layer_gradients(
         assert dh_out is not None and gates is not None and cells is not None
         o = gates[..., 3 * cells.shape[-1] :]
         h_raw = (o.to(cells.dtype) * cells.tanh()).to(dtype).to(acc)
-        gradients.append(dh_out.flatten(0, 1).to(acc).t() @ h_raw.flatten(0, 1))
+        gradients.append(dh_out.flatten(0, -2).to(acc).t() @ h_raw.flatten(0, -2))
     return [gradient.to(dtype) for gradient in gradients]
