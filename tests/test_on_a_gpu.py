@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import rnnattn
 from rnnattn import backends
-from rnnattn.backends import sequence_choice
+from rnnattn.backends import products, sequence_choice
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="needs a GPU")
 
@@ -170,6 +170,20 @@ def test_another_device_than_the_current_one(shape: tuple[int, int, int], kernel
     for p, q in zip(here.parameters(), there.parameters(), strict=True):
         assert q.grad is not None and q.grad.device.index == 1
         torch.testing.assert_close(q.grad.cpu(), p.grad.cpu())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("of_mm", ["ieee", "tf32"])
+@pytest.mark.parametrize("of_rnn", ["ieee", "tf32"])
+def test_products_have_the_precision_of_recurrent_layers(
+    of_rnn: str, of_mm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever torch.mm has: operands in TF32 have 10 bits behind the point, true ones 23."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", of_mm)
+    a, b = torch.randn(640, 384, device=CUDA), torch.randn(512, 384, device=CUDA)
+    with recurrent_precision(of_rnn):
+        for left, right in ((a, b.t()), (a[:, :128], b.t()[:128]), (a.t(), a), (a[:, 64:].t(), a[:, :32])):
+            error = relative_error(products.mm(left, right), left.double() @ right.double())
+            assert (1e-5 < error < 1e-3) if of_rnn == "tf32" else error < 1e-6, (left.shape, right.shape)
 
 
 @pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN_TANH"])

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rnnattn
 from rnnattn.backends import choice, sequence, sequence_choice
 from rnnattn.backends.base import Call
+from rnnattn.backends.rows import Rows
 from rnnattn.backends.sequence import Launch
 from rnnattn.backends.sequence_device import DEVICES
 from rnnattn.backends.sequence_plan import plan
@@ -158,8 +159,10 @@ class NoWait(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+@pytest.mark.parametrize("packed", (False, True))
 @pytest.mark.parametrize("mode", ("LSTM", "GRU", "RNN_TANH"))
-def test_the_host_waits_for_nothing(mode: str) -> None:
+def test_the_host_waits_for_nothing(mode: str, packed: bool) -> None:
+    """Lengths of packed rows are the host's: what is read of them is not the device's."""
     T, B, I, H, K = 5, 4, 3, 8, 2
     G = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1}[mode]
     nothing = SimpleNamespace(forward=lambda *arguments: None, backward=lambda *arguments: None)
@@ -167,15 +170,19 @@ def test_the_host_waits_for_nothing(mode: str) -> None:
     x, h0, c0 = torch.randn(T, B, I), torch.randn(K, B, H), torch.randn(K, B, H) if mode == "LSTM" else None
     weights = [t for _ in range(K) for t in (torch.randn(G * H, I), torch.randn(G * H, H), *[torch.randn(G * H)] * 2)]
     lengths, resets = torch.tensor([5, 0, 3, 1]), torch.rand(T, B) > 0.5
+    if packed:
+        x, lengths, resets = torch.randn(9, I), torch.tensor([5, 2, 1, 1]), None
+    rows = Rows.of(x, B, lengths, resets)
     with NoWait():
-        inputs = x, h0, c0, weights, lengths, resets, True
+        inputs = x, h0, c0, weights, resets, True
         y, _, _, gates, cells = sequence.layer_forward(
-            nothing, launch, "ieee", *inputs, True, "bidirectional", mode, True
+            nothing, launch, "ieee", rows, *inputs, True, "bidirectional", mode, True
         )
         cotangents = torch.randn_like(y), None, None, None
         sequence.layer_backward(
-            nothing, launch, "ieee", *cotangents, *inputs, y, gates, cells, True, "bidirectional", mode, True, True
-        )
+            nothing, launch, "ieee", rows, *cotangents, *inputs, y, gates, cells, True, "bidirectional", mode, True,
+            True,
+        )  # fmt: skip
 
 
 COUNT = """
@@ -184,6 +191,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from rnnattn.backends import choice, sequence, sequence_choice
+from rnnattn.backends.rows import Rows
 from rnnattn.backends.sequence_device import DEVICES
 from rnnattn.backends.sequence_plan import plan
 from rnnattn.backends.triton import _sequence
@@ -205,12 +213,12 @@ for B, T in ((1, 100), (3, 1000), (7, 501), (8, 64), (15, 70000), (16, 1024)):
         x, h0, c0 = torch.zeros(T, B, 8, dtype=torch.bfloat16), *torch.zeros(2, 1, B, H, dtype=torch.bfloat16)
         weights = [torch.zeros(256, 8), torch.zeros(256, H), torch.zeros(256), torch.zeros(256)]
         weights = [w.bfloat16() for w in weights]
-        inputs = x, h0, c0, weights, None, None, False
+        rows, inputs = Rows.of(x, B, None, None), (x, h0, c0, weights, None, False)
         settings = True, "forward", "LSTM"
         if not backward:
-            y, *_, gates, cells = sequence.layer_forward(_sequence(), launch, "ieee", *inputs, *settings, True)
+            y, *_, gates, cells = sequence.layer_forward(_sequence(), launch, "ieee", rows, *inputs, *settings, True)
         else:
-            sequence.layer_backward(_sequence(), launch, "ieee", y, None, None, None, *inputs, y, gates, cells,
+            sequence.layer_backward(_sequence(), launch, "ieee", rows, y, None, None, None, *inputs, y, gates, cells,
                                     *settings, True, True)
 print(len(keys))
 """

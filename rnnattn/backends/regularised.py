@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnattn.backends.stepwise import matmul
+from rnnattn.backends.products import matmul
 from rnnattn.reference import previous_states, scan_resets
 
 # (dy, dh_n, dc_n, dcells, h_prev [T, B, H], c_prev [T, B, H], h0, c0, w_hh, norm_hh, norm_c, bias_c, h_mask, keep_h,

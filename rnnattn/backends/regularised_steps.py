@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rnnattn.backends.stepwise import contiguous, matmul, wide
+from rnnattn.backends.products import matmul, wide
+from rnnattn.backends.stepwise import contiguous
 from rnnattn.reference import CELLS, scan_resets
 
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rnnattn.backends.products import matmul, mm
 from rnnattn.backends.rows import Rows
 from rnnattn.backends.sequence_tiles import ALIGNED
-from rnnattn.backends.stepwise import biases, contiguous, matmul
+from rnnattn.backends.stepwise import biases, contiguous
 from rnnattn.backends.stepwise_backward import start
 from rnnattn.reference import (
     CELLS,
@@ -150,7 +151,7 @@ def layer_backward(
         if dweights is not None and h_prev is not None:
             dweights += layer_gradients(
                 da_k, db_k, None, outputs[k - 1] if stacked and k else x, h_prev[k], gates[k] if cell.saved else None,
-                cells[k] if cell.has_c else None, w, None if rows.packed else lengths,
+                cells[k] if cell.has_c else None, w, None if rows.packed else lengths, mm,
             )  # fmt: skip
     dx = None if dx is None else dx.view(x.shape).to(x.dtype)
     return dx, dh.to(x.dtype), x.new_empty(0) if dc is None else dc.to(x.dtype), dweights

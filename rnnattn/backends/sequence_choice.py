@@ -8,6 +8,7 @@ import os
 import torch
 
 from rnnattn.backends.base import Call
+from rnnattn.backends.products import takes_tf32
 from rnnattn.backends.sequence import Launch
 from rnnattn.backends.sequence_device import Device, device_of_cuda
 from rnnattn.backends.sequence_plan import Plan, plan
@@ -114,10 +115,6 @@ def launch_for(
 def precision(dtype: torch.dtype) -> str:
     """Of the kernels' products: true fp32, or TF32 where torch's own recurrent layers may take it."""
     return "tf32" if dtype == torch.float32 and takes_tf32() else "ieee"
-
-
-def takes_tf32() -> bool:
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined,no-any-return]
 
 
 @functools.cache

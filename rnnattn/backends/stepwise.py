@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rnnattn.backends.products import matmul, wide
 from rnnattn.backends.rows import Rows, following
 from rnnattn.reference import (
     CELLS,
@@ -79,19 +80,6 @@ class StepKernels(Protocol):
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     """The operands of kernels, those that there are."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-def wide(a: Tensor) -> Tensor:
-    """An operand of `matmul`, made ready once: torch has 16-bit GEMMs with fp32 results on CUDA only."""
-    return a if a.is_cuda else a.to(accumulation_dtype(a.dtype))
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of 2-D operands with the result in the accumulation type, not rounded in between."""
-    acc = accumulation_dtype(a.dtype)
-    if a.is_cuda and a.dtype != acc:
-        return torch.mm(a, b, out_dtype=acc)
-    return torch.mm(wide(a), wide(b))
 
 
 def layer_forward(

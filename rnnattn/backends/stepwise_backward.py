@@ -7,8 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
+from rnnattn.backends.products import matmul, mm, wide
 from rnnattn.backends.rows import Rows, following
-from rnnattn.backends.stepwise import StepKernels, matmul, wide
+from rnnattn.backends.stepwise import StepKernels
 from rnnattn.reference import (
     CELLS,
     DIRECTIONS,
@@ -72,7 +73,7 @@ def layer_backward(
             dx += matmul(da.flatten(0, -2), w.w_ih)
         if dweights is not None:
             dweights += layer_gradients(
-                da, db, dh_out if dh_out is None else dh_out.to(x.dtype), x, h_prev, gates_k, cells_k, w, lengths
+                da, db, dh_out if dh_out is None else dh_out.to(x.dtype), x, h_prev, gates_k, cells_k, w, lengths, mm
             )
     return None if dx is None else dx.view(x.shape).to(x.dtype), dh0, dc0, dweights
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -156,6 +158,7 @@ def layer_gradients(
     cells: Tensor | None,
     w: LayerWeights,
     lengths: Tensor | None,
+    mm: Callable[[Tensor, Tensor], Tensor] = torch.mm,
 ) -> list[Tensor]:
     """Weight gradients of one direction: GEMMs over all steps at once, after the scan.
 
@@ -164,6 +167,7 @@ def layer_gradients(
             GEMMs run in their dtype. As all of these they may be of packed rows [N, ...], without lengths.
         dh_out: [T, B, R], the whole gradient of h_t; it, gates and cells are read with a projection only.
         h_prev: [T, B, R] of `previous_states`. The rest as in `recurrent_layer_backward`.
+        mm: multiplies.
 
     Returns:
         dw_ih, dw_hh, then with biases the gradient of both where db is None, else of b_ih and of b_hh,
@@ -173,8 +177,8 @@ def layer_gradients(
     da_t = da.flatten(0, -2).t()
     db_t = da_t if db is None else db.flatten(0, -2).t()
     gradients = [
-        da_t @ zero_invalid(x, lengths).to(acc).flatten(0, -2),
-        db_t @ h_prev.to(acc).flatten(0, -2),
+        mm(da_t, zero_invalid(x, lengths).to(acc).flatten(0, -2)),
+        mm(db_t, h_prev.to(acc).flatten(0, -2)),
     ]
     if w.b_ih is not None:
         gradients += [d.sum(1) for d in ((da_t,) if db is None else (da_t, db_t))]
@@ -182,5 +186,5 @@ def layer_gradients(
         assert dh_out is not None and gates is not None and cells is not None
         o = gates[..., 3 * cells.shape[-1] :]
         h_raw = (o.to(cells.dtype) * cells.tanh()).to(dtype).to(acc)
-        gradients.append(dh_out.flatten(0, -2).to(acc).t() @ h_raw.flatten(0, -2))
+        gradients.append(mm(dh_out.flatten(0, -2).to(acc).t(), h_raw.flatten(0, -2)))
     return [gradient.to(dtype) for gradient in gradients]
