@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import plots, roofline, targets
 from benchmarks.ceilings import AT_CEILING
-from benchmarks.results import Results, means, read_folder
+from benchmarks.results import ANOTHER_FORM, Results, means, read_folder
 
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 
@@ -113,5 +114,10 @@ def _limits(results: Results) -> list[str]:
 
 
 def _reasons(results: Results) -> str:
-    notes = [row.note for row in results.rows if row.note]
-    return "; ".join(dict.fromkeys(re.split(r" \((?:error|about) ", note)[0] for note in notes))  # figures apart
+    """Why rows do not count, and how many, whatever their figures and the baseline's name."""
+    reasons: Counter[str] = Counter()
+    for row in results.rows:
+        if not row.counts:
+            reason = re.sub(r" \((error|about) .*", "", re.sub(r": a call takes .*", " as too slow", row.note))
+            reasons[f"the baseline {ANOTHER_FORM}" if row.note.endswith(ANOTHER_FORM) else reason] += 1
+    return "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())

@@ -39,7 +39,8 @@ WORKERS = 12  # processes of tests, each with a CUDA context
 ERROR_EXIT = "86"
 TOOLS = ("memcheck", "racecheck", "synccheck")
 # Both tiers of each cell in fp32 with everything at once, and in 16 bits; of the others a plain case and a ragged one.
-SEQUENCE_SAMPLE = ["tests/test_sequence_kernels.py", "-k", "three_programs or B17-T2-I4-H6"]
+SEQUENCE_SAMPLE = ["tests/test_sequence_kernels.py", "-k",
+                   "three_programs or B17-T2-I4-H6 or (packed_rows and bidirectional)"]  # fmt: skip
 OTHER_SAMPLE = ["tests/test_attention_pool.py", "tests/test_recurrent.py", "-k",
                 "forward_and_backward and (triton or cuda) and not (bf16 or nan) and "
                 "(B3-T5-D8 or B4-T6-D5 or (B4-T5-I6-H7 and len3_0_5_1-states))"]  # fmt: skip
@@ -93,7 +94,7 @@ def tests(dry: bool, options: argparse.Namespace) -> list[Step]:
         step("sequence kernels", "sequence_kernels", RNNATTN_THOROUGH="1" if side_by_side else "0"),
         step("stepwise", "recurrent", "-k", "triton and forward_and_backward", RNNATTN_SEQUENCE="0"),
         step("regularised", "regularised_scan", "regularised", *on_gpu),
-        step("operators", "recurrent_ops", "higher_order", "autocast", "stale_weights", "backends", *on_gpu),
+        step("operators", "recurrent_ops", "packed", "higher_order", "autocast", "stale_weights", "backends", *on_gpu),
     ]
 
 
@@ -129,7 +130,14 @@ def compiled(dry: bool, options: argparse.Namespace) -> list[Step]:
 
 
 def bench(dry: bool, options: argparse.Namespace) -> list[Step]:
-    return [Step("bench", "suite", _benchmarks(dry, options), again=True, goes_on="go on with --resume")]
+    packed = [sys.executable, "-m", "benchmarks.packed", "--seconds", "1"]
+    on_gpu = ["--device", "cuda", "--dtype", "bf16", "--backend", "triton"]
+    return [
+        Step("bench", "suite", _benchmarks(dry, options), again=True, goes_on="go on with --resume"),
+        Step(
+            "bench", "packed rows", [*packed, *on_gpu], skip="a dry run" if dry else "", shows="^(inference|training)"
+        ),
+    ]
 
 
 LEGS: dict[str, Callable[[bool, argparse.Namespace], list[Step]]] = {

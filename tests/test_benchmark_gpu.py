@@ -156,7 +156,7 @@ def test_room_is_estimated_before_a_case_runs(monkeypatch: pytest.MonkeyPatch) -
     assert [row.mode for row in rows] == list(MODES)
     assert all(row.note.startswith(results.NO_ROOM) and not row.counts and not row.failed for row in rows)
     text = section([measured(*rows)], [[]])
-    assert f"left out of these means: {results.NO_ROOM}." in text  # the figures apart
+    assert f"left out of these means: {results.NO_ROOM} (2)." in text  # the figures apart
 
 
 def test_a_case_that_fails_leaves_rows_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

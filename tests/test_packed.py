@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F32, F64, backend_parameters
+from cases import F32, F64, backend_parameters, device_of
 from tolerances import close
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -31,8 +31,9 @@ def module(kind: str, dtype: torch.dtype = F64, **options: Any) -> Any:
     return getattr(rnnattn, kind)(I, H, num_layers=2, bidirectional=True, dtype=dtype, **options)
 
 
-def widest(backend: str) -> torch.dtype:
-    return F32 if backend == "triton" else F64
+def of(backend: str) -> dict[str, Any]:
+    """The widest dtype that it has, and where it runs."""
+    return {"dtype": F32 if backend == "triton" else F64, "device": device_of(backend)}
 
 
 def alike(results: list[Any], dtype: torch.dtype) -> None:
@@ -46,10 +47,9 @@ def like(packed: PackedSequence, data: Tensor) -> PackedSequence:
 @pytest.mark.parametrize("lengths", ([2, 5, 3], [5, 5, 5], [1, 1, 1], [4]), ids=str)
 @kinds
 def test_the_same_as_with_lengths(kind: str, lengths: list[int], chosen: str) -> None:
-    dtype, T = widest(chosen), max(lengths)
-    m = module(kind, dtype)
-    x = torch.randn(T, len(lengths), I, dtype=dtype, requires_grad=True)
-    dy, results = torch.randn(T, len(lengths), 2 * H, dtype=dtype), []
+    m, T = module(kind, **of(chosen)), max(lengths)
+    x = torch.randn(T, len(lengths), I, requires_grad=True, **of(chosen))
+    dy, results = torch.randn(T, len(lengths), 2 * H, **of(chosen)), []
     for packed in (True, False):
         if packed:
             y, states = m(pack_padded_sequence(x, lengths, enforce_sorted=False))
@@ -58,13 +58,12 @@ def test_the_same_as_with_lengths(kind: str, lengths: list[int], chosen: str) ->
             y, states = m(x, lengths=lengths)
         gradients = torch.autograd.grad(y, [x, *m.parameters()], dy)
         results.append((y.detach(), states, gradients))
-    alike(results, dtype)
+    alike(results, x.dtype)
 
 
 def test_what_pads_a_row_is_read_by_nobody(chosen: str) -> None:
     """Rows behind a length are filled with any of the others: NaN in one row stays in it."""
-    m = module("LSTM", widest(chosen))
-    x = torch.randn(5, 3, I, dtype=widest(chosen))
+    m, x = module("LSTM", **of(chosen)), torch.randn(5, 3, I, **of(chosen))
     x[:, 1] = torch.nan
     packed = pack_padded_sequence(x, torch.tensor([2, 5, 3]), enforce_sorted=False)
     data = packed.data.clone().requires_grad_()
@@ -113,9 +112,9 @@ def test_what_maps_or_differentiates_the_gradient_alone(backend: str) -> None:
 
 @pytest.mark.parametrize("batch_sizes", ([2, 2], [2, 2, 2], [3, 1, 3], [4, 1, 0], [1, 4], [], 5, [[3, 2]]), ids=str)
 def test_batch_sizes_that_do_not_fit(batch_sizes: Any, chosen: str) -> None:
-    packed = PackedSequence(torch.randn(5, I, dtype=widest(chosen)), torch.tensor(batch_sizes, dtype=torch.int64))
+    packed = PackedSequence(torch.randn(5, I, **of(chosen)), torch.tensor(batch_sizes, dtype=torch.int64))
     with pytest.raises(RuntimeError, match=r"batch_sizes: expected .* got"):
-        module("LSTM", widest(chosen))(packed)
+        module("LSTM", **of(chosen))(packed)
 
 
 @pytest.mark.parametrize("dtype", (torch.uint8, torch.int32, torch.bool), ids=str)
@@ -128,21 +127,20 @@ def test_batch_sizes_are_int64(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("settings", ({}, {"zoneout": 0.1}, {"recompute": "chunk"}), ids=str)
 def test_a_call_is_explained_once(settings: Any, chosen: str) -> None:
-    packed = pack_padded_sequence(torch.randn(3, 2, I, dtype=widest(chosen)), [3, 2])
-    explained = rnnattn.explain(module("LSTM", widest(chosen), **settings), packed)
+    packed = pack_padded_sequence(torch.randn(3, 2, I, **of(chosen)), [3, 2])
+    explained = rnnattn.explain(module("LSTM", **of(chosen), **settings), packed)
     assert len(explained) == 1 and explained[0].backend == chosen
 
 
 def test_gaps_between_elements(chosen: str) -> None:
-    dtype = widest(chosen)
-    m, wide = module("GRU", dtype), torch.randn(5, 2 * I, dtype=dtype)
-    packed, dy = PackedSequence(wide[:, ::2], torch.tensor([3, 2])), torch.randn(4 * H, 5, dtype=dtype).t()[:, ::2]
+    m, wide = module("GRU", **of(chosen)), torch.randn(5, 2 * I, **of(chosen))
+    packed, dy = PackedSequence(wide[:, ::2], torch.tensor([3, 2])), torch.randn(4 * H, 5, **of(chosen)).t()[:, ::2]
     results = []
     for data in (packed.data, packed.data.contiguous()):
         leaf = data.detach().requires_grad_()
         y = m(like(packed, leaf))[0].data
         results.append((y.detach(), torch.autograd.grad(y, [leaf, *m.parameters()], dy)))
-    alike(results, dtype)
+    alike(results, wide.dtype)
 
 
 def test_torchs_own_kernels_take_packed_rows() -> None:
@@ -171,7 +169,8 @@ def test_prepared_modules(precision: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", backend_parameters("cpp", "triton"))
 def test_the_operator_checks_lengths(backend: str) -> None:
-    x, h0, weights = torch.randn(5, I), torch.zeros(1, 2, H), [torch.zeros(H, I), torch.zeros(H, H)]
+    shapes = (5, I), (1, 2, H), (H, I), (H, H)
+    x, h0, *weights = (torch.zeros(shape, device=device_of(backend)) for shape in shapes)
 
     def run(lengths: Any, resets: Any = None) -> Any:
         return torch.ops.rnnattn.recurrent_layer(
