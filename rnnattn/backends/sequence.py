@@ -142,18 +142,16 @@ def layer_backward(
         launch.chunks, launch.ahead, launch.batch_tile, launch.warps, launch.registers, launch.resident, precision,
     )  # fmt: skip
     dx: Tensor | None = None
-    dweights: list[Tensor] | None = [] if needs_dweights else None
-    for k, w in enumerate(parts):
-        da_k, db_k = da[:, k, :GH], None if db is None else db[:, k, :GH]
-        if needs_dx and not (stacked and k):
-            part = matmul(da_k, w.w_ih)
-            dx = part if dx is None else dx.add_(part)
-        if dweights is not None and h_prev is not None:
-            dweights += layer_gradients(
-                da_k, db_k, None, outputs[k - 1] if stacked and k else x, h_prev[k], gates[k] if cell.saved else None,
-                cells[k] if cell.has_c else None, w, None if rows.packed else lengths, mm,
-            )  # fmt: skip
-    dx = None if dx is None else dx.view(x.shape).to(x.dtype)
+    if needs_dx:  # of all directions in one product
+        scans = 1 if stacked else K
+        dx = mm(da[:, :scans, :GH].reshape(N, -1), torch.cat([w.w_ih for w in parts[:scans]])).view(x.shape)
+    dweights: list[Tensor] | None = None
+    if needs_dweights and h_prev is not None:
+        dweights, valid = [], None if rows.packed else lengths
+        for k, w in enumerate(parts):
+            da_k, db_k = da[:, k, :GH], None if db is None else db[:, k, :GH]
+            x_k = outputs[k - 1] if stacked and k else x
+            dweights += layer_gradients(da_k, db_k, None, x_k, h_prev[k], None, None, w, valid, mm)
     return dx, dh.to(x.dtype), x.new_empty(0) if dc is None else dc.to(x.dtype), dweights
 
 
