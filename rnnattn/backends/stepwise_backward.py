@@ -53,7 +53,7 @@ def layer_backward(
     if dy is not None and dy.stride(-1) != 1:
         dy = dy.contiguous()
     dcells = None if dcells is None else zero_invalid(dcells, lengths)
-    dx = x.new_zeros(rows.N, x.shape[-1], dtype=acc) if needs_dx else None
+    dx: Tensor | None = None
     dh0, dc0 = torch.empty_like(h0), x.new_empty(0) if c0 is None else torch.empty_like(c0)
     dweights: list[Tensor] | None = [] if needs_dweights else None
     for k, w in enumerate(split_weights(weights, has_biases, K)):
@@ -69,8 +69,9 @@ def layer_backward(
             None if dcells is None else dcells[k], c0_k, w, lengths, reset, y_k, h_prev, gates_k, cells_k, reverses[k],
             dh0[k], dc0 if c0_k is None else dc0[k],
         )  # fmt: skip
-        if dx is not None:
-            dx += matmul(da.flatten(0, -2), w.w_ih)
+        if needs_dx:
+            part = matmul(da.flatten(0, -2), w.w_ih)
+            dx = part if dx is None else dx.add_(part)
         if dweights is not None:
             dweights += layer_gradients(
                 da, db, dh_out if dh_out is None else dh_out.to(x.dtype), x, h_prev, gates_k, cells_k, w, lengths, mm
