@@ -186,22 +186,16 @@ def test_the_host_waits_for_nothing(mode: str, packed: bool) -> None:
 
 
 COUNT = """
-import torch, triton
+import torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from rnnattn.backends import choice, sequence, sequence_choice
+from rnnattn.backends import sequence
 from rnnattn.backends.rows import Rows
 from rnnattn.backends.sequence_device import DEVICES
 from rnnattn.backends.sequence_plan import plan
 from rnnattn.backends.triton import _sequence
+from tests.triton_resources import take_for_here
 
-class Offline:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-
-driver.set_active(Offline())
+take_for_here(90)
 keys = set()
 knobs.runtime.jit_cache_hook = lambda *, key, **more: keys.add(str(key)) or True
 for B, T in ((1, 100), (3, 1000), (7, 501), (8, 64), (15, 70000), (16, 1024)):

@@ -108,12 +108,10 @@ def launches(dtype: torch.dtype, thorough: bool) -> Iterator[str]:
         yield f"T={T} D={D} A={A}"
 
 
-def compiled(architecture: int, launches: Callable[[str], Iterator[str]]) -> Iterator[tuple[Row, Any]]:
-    """Compiles for one GPU what `launches` launches for the name of a dtype; must run in a process of its own, without
-    TRITON_INTERPRET. Rows, and the kernels themselves."""
+def take_for_here(architecture: int) -> None:
+    """Triton compiles for this GPU from now on, which need not be here."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
     class Offline:
         """The part of Triton's driver that compiling needs."""
@@ -127,6 +125,14 @@ def compiled(architecture: int, launches: Callable[[str], Iterator[str]]) -> Ite
         def get_current_stream(self, device: int) -> int:
             return 0
 
+    driver.set_active(Offline())
+
+
+def compiled(architecture: int, launches: Callable[[str], Iterator[str]]) -> Iterator[tuple[Row, Any]]:
+    """Compiles for one GPU what `launches` launches for the name of a dtype; must run in a process of its own, without
+    TRITON_INTERPRET. Rows, and the kernels themselves."""
+    from triton.runtime.jit import JITFunction
+
     launched = {}
     compile_and_launch = JITFunction.run
 
@@ -134,7 +140,7 @@ def compiled(architecture: int, launches: Callable[[str], Iterator[str]]) -> Ite
         kernel = compile_and_launch(self, *args, grid=grid, warmup=True, **kwargs)
         launched[kernel.hash] = (f"{self.__module__.split('.')[-1]}.{self.__name__.strip('_')}", kernel)
 
-    driver.set_active(Offline())
+    take_for_here(architecture)
     JITFunction.run = compile_only
     for dtype in DTYPES:
         torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
