@@ -5,12 +5,12 @@ The shared cases have rows of it for every backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import F32, F64, backend_parameters
+from cases import F32, F64
 from recurrent_cases import RecurrentCase
 from tolerances import close
 from torch import Tensor, nn
@@ -30,12 +30,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "projection": {"proj_size": 2, "bidirectional": True},
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(params=backend_parameters("reference", "cpp"))
-def chosen(request: pytest.FixtureRequest) -> Iterator[str]:
-    with rnnattn.use_backend(request.param):
-        yield request.param
 
 
 def layer(kind: str = "plain", **settings: Any) -> Any:
@@ -74,7 +68,7 @@ def agree(got: list[Tensor], want: list[Tensor], leaves: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("with_resets", [False, True], ids=["whole", "episodes"])
 @pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "proj_size": 2}], ids=["one", "stack"])
-def test_they_are_c_n_of_single_steps(settings: dict[str, Any], with_resets: bool, chosen: str) -> None:
+def test_they_are_c_n_of_single_steps(settings: dict[str, Any], with_resets: bool, own_backend: str) -> None:
     module = layer(**settings)
     x, hx, resets = sequence(module), initial(module), torch.rand(T, B) < 0.4 if with_resets else None
     got = module(x, hx, resets=resets, return_cells=True)
@@ -87,7 +81,7 @@ def test_they_are_c_n_of_single_steps(settings: dict[str, Any], with_resets: boo
 
 
 @each_kind
-def test_the_other_results_are_the_same(kind: str, chosen: str) -> None:
+def test_the_other_results_are_the_same(kind: str, own_backend: str) -> None:
     module = layer(kind)
     x, hx = sequence(module), initial(module)
     for lengths in (None, LENGTHS):
@@ -106,7 +100,7 @@ def test_the_other_results_are_the_same(kind: str, chosen: str) -> None:
     assert len(plain(x.view(T, B, I), None, None, None, False)) == 2
 
 
-def test_the_functional(chosen: str) -> None:
+def test_the_functional(own_backend: str) -> None:
     module = layer("stack")
     x, hx = sequence(module), initial(module)
     weights = list(module.parameters())
@@ -114,7 +108,7 @@ def test_the_functional(chosen: str) -> None:
     close(list(got), in_a_row(module(x, hx, return_cells=True)))
 
 
-def test_dropout_is_before_the_last_layer(chosen: str) -> None:
+def test_dropout_is_before_the_last_layer(own_backend: str) -> None:
     module, layers = layer(num_layers=2, dropout=0.5), [layer(), rnnattn.LSTM(H, H, dtype=F64)]
     for n, own in enumerate(layers):
         own.load_state_dict({f"{name[:-1]}0": p for name, p in module.named_parameters() if name.endswith(f"l{n}")})
@@ -127,7 +121,7 @@ def test_dropout_is_before_the_last_layer(chosen: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, F32])
-def test_their_dtype_is_the_outputs(dtype: torch.dtype, chosen: str) -> None:
+def test_their_dtype_is_the_outputs(dtype: torch.dtype, own_backend: str) -> None:
     module = rnnattn.LSTM(I, H, bidirectional=True)
     x = torch.randn(T, B, I)
     want = in_a_row(module(x, lengths=LENGTHS, return_cells=True))
@@ -144,7 +138,7 @@ def test_their_dtype_is_the_outputs(dtype: torch.dtype, chosen: str) -> None:
 
 
 @each_kind
-def test_a_packed_sequence(kind: str, chosen: str) -> None:
+def test_a_packed_sequence(kind: str, own_backend: str) -> None:
     module = layer(kind)
     x, hx, lengths, first = sequence(module), initial(module), torch.tensor(LENGTHS), module.batch_first
     packed = pack_padded_sequence(x, lengths, batch_first=first, enforce_sorted=False)
@@ -157,7 +151,7 @@ def test_a_packed_sequence(kind: str, chosen: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @each_kind
-def test_a_nested_tensor(kind: str, chosen: str) -> None:
+def test_a_nested_tensor(kind: str, own_backend: str) -> None:
     module = layer(kind)
     rows, hx = [torch.randn(n, I, dtype=F64, requires_grad=True) for n in LENGTHS], initial(module)
     output, states, cells = module(torch.nested.as_nested_tensor(rows, layout=torch.jagged), hx, return_cells=True)
@@ -170,7 +164,7 @@ def test_a_nested_tensor(kind: str, chosen: str) -> None:
 
 
 @each_kind
-def test_an_unbatched_sequence(kind: str, chosen: str) -> None:
+def test_an_unbatched_sequence(kind: str, own_backend: str) -> None:
     module = layer(kind)
     x, dim = torch.randn(T, I, dtype=F64), 0 if module.batch_first else 1
     output, states, cells = module(x, resets=torch.arange(T) == 3, return_cells=True)
@@ -182,7 +176,7 @@ def test_an_unbatched_sequence(kind: str, chosen: str) -> None:
 # --- who looks on ----------------------------------------------------------------------------------
 
 
-def test_compiled(chosen: str) -> None:
+def test_compiled(own_backend: str) -> None:
     module = layer("stack", proj_size=2)
     x, hx = sequence(module), initial(module)
     torch._dynamo.reset()
@@ -215,18 +209,18 @@ def checked(name: str) -> tuple[Callable[..., Any], list[Tensor]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_double_backward_and_forward_mode(name: str, chosen: str) -> None:
+def test_double_backward_and_forward_mode(name: str, own_backend: str) -> None:
     layers, inputs = checked(name)
     assert torch.autograd.gradgradcheck(layers, inputs, fast_mode=True)
     assert torch.autograd.gradcheck(layers, inputs, fast_mode=True, check_forward_ad=True)
 
 
-def test_gradients_of_many_cotangents_at_once(chosen: str) -> None:
+def test_gradients_of_many_cotangents_at_once(own_backend: str) -> None:
     layers, inputs = checked("stack")
     assert torch.autograd.gradcheck(lambda *a: layers(*a)[3], inputs, check_batched_grad=True)
 
 
-def test_transforms(chosen: str) -> None:
+def test_transforms(own_backend: str) -> None:
     module = layer("projection")
     x, parameters = sequence(module).detach(), dict(module.named_parameters())
 
