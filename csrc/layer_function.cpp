@@ -1,6 +1,7 @@
 #include "layer_function.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 
@@ -71,7 +72,7 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
     const Wanted wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1), needs_dweights};
 
     const auto plain = [&](const Tensor& t) { return !t.defined() || is_plain(t, t.scalar_type()); };
-    const bool direct = !at::GradMode::is_enabled() && plain_thread() && std::all_of(d.begin(), d.end(), plain) &&
+    const bool direct = !c10::GradMode::is_enabled() && plain_thread() && std::all_of(d.begin(), d.end(), plain) &&
                         std::all_of(saved.begin(), saved.end(), plain);
     std::optional<at::AutoDispatchBelowADInplaceOrView> no_autograd;
     if (direct) no_autograd.emplace();

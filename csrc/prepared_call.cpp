@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/record_function.h>
+#include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <string>
@@ -34,7 +35,7 @@ class PreparedCall {
     const auto arguments = call_arguments(module_, input, h, c);
     if (!arguments) Py_RETURN_NONE;
     const auto& [x, h0, c0] = *arguments;
-    if (at::GradMode::is_enabled() && (x.requires_grad() || h0.requires_grad() || (c0.defined() && c0.requires_grad()))) Py_RETURN_NONE;
+    if (c10::GradMode::is_enabled() && (x.requires_grad() || h0.requires_grad() || (c0.defined() && c0.requires_grad()))) Py_RETURN_NONE;
     Tensor y, h_n, c_n;
     {
       pybind11::gil_scoped_release others_run;
