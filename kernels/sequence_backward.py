@@ -32,7 +32,7 @@ def _cut(d, gathered, anew, GATHERS: tl.constexpr):
 
 @triton.jit
 def _at(slots, t, own, row_length, length, B):
-    """Where the gradients of step t are; of rows without such a step some that may be read."""
+    """Where step t's gradients of the rows are; row 0, which may be read, for a row without that step."""
     at = at_step(slots, t, row_length, B) + own
     if slots is not None:
         at = tl.where(t < length, at, 0)
@@ -41,13 +41,13 @@ def _at(slots, t, own, row_length, length, B):
 
 @triton.jit
 def _there(product, slots, t, length):
-    """A product of step t's gradients, zero for rows that do not have that step, which else are zeros themselves."""
+    """A product of step t's gradients, with zeros for rows without that step, as padded rows have them there."""
     if slots is not None:
         product = tl.where((t < length)[None, :], product, 0.0)
     return product
 
 
-@triton.jit(do_not_specialize=["T", "B", "first_group"])
+@triton.jit(do_not_specialize=["T", "B", "first_group"], do_not_specialize_on_alignment=["lengths", "slots"])
 def _backward_kernel(
     dy,  # [N, K H], or None
     dcells,  # [K, N, H] fp32, not read behind lengths, or None

@@ -49,7 +49,7 @@ def _four(tile, UNITS: tl.constexpr, BATCH: tl.constexpr):
     return first, second, third, fourth
 
 
-@triton.jit(do_not_specialize=["T", "B", "first_group"])
+@triton.jit(do_not_specialize=["T", "B", "first_group"], do_not_specialize_on_alignment=["lengths", "slots"])
 def _forward_kernel(
     gates_x,  # [N, K GH] fp32; of a stack [N, GH], the first layer's
     weights,  # [K, GH, width]

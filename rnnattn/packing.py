@@ -29,7 +29,7 @@ class Packing:
     def of_lengths(cls, lengths: Tensor, rows: int) -> Packing:
         """Of rows of these lengths [B], which fall."""
         lengths = lengths.cpu()
-        return cls((lengths > torch.arange(int(lengths[0]), device="cpu")[:, None]).sum(1), rows)
+        return cls(torch.searchsorted(-lengths, -torch.arange(int(lengths[0]), device="cpu")), rows)
 
     def lengths(self) -> Tensor:
         """int64 [B] on the CPU: of each row, how many batch sizes are above its place."""

@@ -183,6 +183,9 @@ def test_the_operator_checks_lengths(backend: str) -> None:
             run(lengths)
     with pytest.raises(RuntimeError, match="resets: expected none with a packed sequence"):
         run(torch.tensor([3, 2]), torch.ones(3, 2, dtype=torch.bool))
+    x, h0 = x[:0], h0[:, :0]
+    with pytest.raises(RuntimeError, match="lengths: expected"):
+        run(torch.zeros(0, dtype=torch.int64))
     backend = "reference"
     with pytest.raises(RuntimeError, match=r"x: expected 3 dimensions .* for backend reference"):
         run(torch.tensor([3, 2]))

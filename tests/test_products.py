@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -68,13 +70,27 @@ def test_any_layout(of_a: str, of_b: str, tf32: bool, gemm: Any) -> None:
     assert_product(products._gemm_ex(gemm, 7, a, b, tf32) - 1000 * tf32, a, b, 1e-4 if tf32 else 1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 3), (4, 1, 3), (4, 3, 1), (1, 1, 3)], ids=str)
-def test_rows_and_columns_of_one(shape: tuple[int, int, int], gemm: Any) -> None:
-    """Whose strides say nothing."""
-    m, n, k = shape
-    for a in (torch.randn(m, k), torch.randn(k, m).t()):
-        for b in (torch.randn(k, n), torch.randn(n, k).t()):
-            assert_product(products._gemm_ex(gemm, 7, a, b, False), a, b, 1e-6)
+def strided(sizes: tuple[int, int]) -> Iterator[Tensor]:
+    """All that strides up to 6 make of 100 numbers, among them rows that are one row."""
+    numbers = torch.randn(100)
+    for strides in itertools.product((0, 1, 2, 6), repeat=2):
+        yield numbers.as_strided(sizes, strides)
+
+
+@pytest.mark.parametrize("m, n, k", list(itertools.product((1, 2, 5), repeat=3)))
+def test_any_strides(m: int, n: int, k: int, gemm: Any) -> None:
+    """Those of a row or column of one say nothing."""
+    right = torch.randn(k, n)
+    for left in strided((m, k)):
+        assert_product(products._gemm_ex(gemm, 7, left, right, False), left, right, 1e-5)
+        turned = left.t()
+        assert_product(products._gemm_ex(gemm, 7, right.t(), turned, False), right.t(), turned, 1e-5)
+
+
+def test_numbers_that_are_to_be_negated(gemm: Any) -> None:
+    a, b = torch._neg_view(torch.randn(4, 3)), torch.randn(3, 2)
+    assert a.is_neg()
+    assert_product(products._gemm_ex(gemm, 7, a, b, False), a, b, 1e-6)
 
 
 def test_an_error_is_told(gemm: Any) -> None:

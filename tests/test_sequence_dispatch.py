@@ -198,7 +198,8 @@ from tests.triton_resources import take_for_here
 take_for_here(90)
 keys = set()
 knobs.runtime.jit_cache_hook = lambda *, key, **more: keys.add(str(key)) or True
-for B, T in ((1, 100), (3, 1000), (7, 501), (8, 64), (15, 70000), (16, 1024)):
+shapes = (1, 100), (3, 1000), (7, 501), (8, 64), (15, 70000), (16, 1024)
+for B, T, packed in [(*shape, packed) for shape in shapes for packed in (False, True)]:
     H = 64
     for backward in (False, True):
         p = plan(DEVICES["H100"], "LSTM", B, T, H, torch.bfloat16, 1, backward)
@@ -207,7 +208,9 @@ for B, T in ((1, 100), (3, 1000), (7, 501), (8, 64), (15, 70000), (16, 1024)):
         x, h0, c0 = torch.zeros(T, B, 8, dtype=torch.bfloat16), *torch.zeros(2, 1, B, H, dtype=torch.bfloat16)
         weights = [torch.zeros(256, 8), torch.zeros(256, H), torch.zeros(256), torch.zeros(256)]
         weights = [w.bfloat16() for w in weights]
-        rows, inputs = Rows.of(x, B, None, None), (x, h0, c0, weights, None, False)
+        lengths = torch.full((B,), T) if packed else None
+        x = x.flatten(0, 1) if packed else x
+        rows, inputs = Rows.of(x, B, lengths, None), (x, h0, c0, weights, None, False)
         settings = True, "forward", "LSTM"
         if not backward:
             y, *_, gates, cells = sequence.layer_forward(_sequence(), launch, "ieee", rows, *inputs, *settings, True)
@@ -219,10 +222,10 @@ print(len(keys))
 
 
 def test_batch_size_and_length_compile_nothing_anew_on_triton() -> None:
-    """Six shapes, one kernel each way."""
+    """Six shapes, one kernel each way, and another for packed rows."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", COUNT], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[-1] == "2"
+    assert done.stdout.split()[-1] == "4"

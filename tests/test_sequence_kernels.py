@@ -6,17 +6,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from cases import BF16, F16, F32, SHORT, Tensors, device_of, interpreted, moved, truth
+from checked_addresses import checked_addresses
 from recurrent_cases import RECURRENT_CASES, RecurrentCase
 from tolerances import assert_close
 
 pytest.importorskip("triton")
 
 import side_by_side
+import triton
+import triton.language as tl
 
 import rnnattn
 from rnnattn.backends import sequence_choice
@@ -50,7 +54,7 @@ def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
     monkeypatch.setattr(sequence_choice, "launch_for", launch_for)
     monkeypatch.setattr(sequence_choice, "stacks", sequence_choice.may_stack)
-    with side_by_side.cooperative_launches(timeout=120):
+    with side_by_side.cooperative_launches(timeout=120), checked_addresses() if interpreted() else nullcontext():
         yield request.param
 
 
@@ -68,6 +72,22 @@ def parameters() -> Iterator[Any]:
                 fits = tier == "T1" or interpreted() or case.H <= WIDEST_T0[dtype]
                 if case.offered("triton", dtype) and fits and (THOROUGH or taken):
                     yield pytest.param(tier, case, dtype, id=f"triton-{tier}-{case.id}-{SHORT[dtype]}")
+
+
+@triton.jit
+def copy_kernel(source, target, n, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    tl.store(target + place, tl.load(source + place, place < n))
+
+
+@pytest.mark.skipif(not interpreted(), reason="a GPU's addresses are not looked at")
+def test_an_address_beyond_a_tensor_is_seen() -> None:
+    with checked_addresses():
+        copy_kernel[(1,)](torch.ones(5), torch.zeros(8), 5, BLOCK=8)
+        with pytest.raises(Exception, match="a load outside of the kernel's arguments: 0 and 4 bytes from the ends"):
+            copy_kernel[(1,)](torch.ones(5), torch.zeros(8), 6, BLOCK=8)
+        with pytest.raises(Exception, match="a store outside"):
+            copy_kernel[(1,)](torch.ones(8), torch.zeros(7), 8, BLOCK=8)
 
 
 @pytest.mark.parametrize("tier, case, dtype", list(parameters()), indirect=["tier"])

@@ -16,8 +16,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 import rnnattn
-from rnnattn.backends import Call, sequence_choice
-from rnnattn.backends.triton import Triton
+from rnnattn.backends import Call, sequence_choice, triton
 from rnnattn.reference import STACK, recurrent_layer_backward, recurrent_layer_forward
 
 T, B, I, H, L = 5, 4, 3, 6, 3
@@ -86,14 +85,14 @@ def as_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     directions of the layers that it ran."""
 
     ran: list[str] = []
-    forward = Triton.recurrent_layer_forward
+    forward = triton._layer_forward
 
-    def recording(self: Triton, *arguments: Any) -> Any:
+    def recording(*arguments: Any) -> Any:
         ran.append(arguments[8])
-        return forward(self, *arguments)
+        return forward(*arguments)
 
     monkeypatch.setattr(sequence_choice, "stacks", sequence_choice.may_stack)
-    monkeypatch.setattr(Triton, "recurrent_layer_forward", recording)
+    monkeypatch.setattr(triton, "_layer_forward", recording)
     with rnnattn.use_backend("triton"):
         yield ran
 

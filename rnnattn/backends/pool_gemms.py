@@ -89,13 +89,13 @@ def additive_backward(
         nb, nt, D = x_c.shape
         x_c = x_c.reshape(nb * nt, D).contiguous()
         du, p, dv_c, db_c = kernel(
-            matmul(x_c, w_columns, torch.mm), x_c, v, b, None if keep_c is None else keep_c.reshape(nb * nt),
+            matmul(x_c, w_columns), x_c, v, b, None if keep_c is None else keep_c.reshape(nb * nt),
             d_pooled[rows], None if d_weights is None else d_weights[rows, time].reshape(nb * nt),
             delta[rows], lse[rows], nt,
         )  # fmt: skip
-        dx_c = matmul(du, w_rows, torch.mm).view(nb, nt, D)
+        dx_c = matmul(du, w_rows).view(nb, nt, D)
         dx[rows, time] = torch.addcmul(dx_c, p.view(nb, nt, 1), d_pooled[rows, None])
-        dw += matmul(du.t(), x_c, torch.mm)
+        dw += matmul(du.t(), x_c)
         dv += dv_c
         db += db_c
     return dx, dv.to(v.dtype), dw.to(w.dtype), None if b is None else db.to(b.dtype)

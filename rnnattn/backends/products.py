@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,14 +19,14 @@ from torch import Tensor
 
 from rnnattn.reference import accumulation_dtype
 
-# Of the enumerations in cublas_api.h and library_types.h.
+# Of the enumerations in cublas_api.h and library_types.h. Pedantic is true fp32 whatever the mode of torch's handle.
 OP_N, OP_T, CUDA_R_32F, GEMM_DEFAULT = 0, 1, 0, -1
 COMPUTE_32F_PEDANTIC, COMPUTE_32F_FAST_TF32 = 69, 77
 INT, POINTER = ctypes.c_int, ctypes.c_void_p
 ONE, ZERO = ctypes.c_float(1.0), ctypes.c_float(0.0)
 LARGEST = 2**31 - 1
 
-Product = Callable[[Tensor, Tensor], Tensor]
+Multiply = Callable[[Tensor, Tensor], Tensor]  # of 2-D operands, in their dtype
 
 
 def takes_tf32() -> bool:
@@ -38,40 +39,34 @@ def wide(a: Tensor) -> Tensor:
     return a if a.is_cuda else a.to(accumulation_dtype(a.dtype))
 
 
-def mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of 2-D operands in their dtype, in fp32 as a recurrent layer of torch multiplies."""
-    if not a.is_cuda or a.dtype != torch.float32 or takes_tf32() == _mm_takes_tf32():
-        return torch.mm(a, b)
-    gemm = _cublas_gemm_ex()
-    if gemm is None or 0 in (*a.shape, *b.shape) or max(*a.shape, *b.shape, *a.stride(), *b.stride()) > LARGEST:
-        return torch.mm(a, b)
-    with torch.cuda.device(a.device):  # of which the handle is
-        return _gemm_ex(gemm, torch.cuda.current_blas_handle(), a, b, takes_tf32())
-
-
-def matmul(a: Tensor, b: Tensor, mm: Product = mm) -> Tensor:
+def matmul(a: Tensor, b: Tensor, multiply: Multiply = torch.mm) -> Tensor:
     """a @ b of 2-D operands with the result in the accumulation type, not rounded in between."""
     acc = accumulation_dtype(a.dtype)
     if a.is_cuda and a.dtype != acc:
         return torch.mm(a, b, out_dtype=acc)
-    return mm(wide(a), wide(b))
+    return multiply(wide(a), wide(b))
 
 
-def _mm_takes_tf32() -> bool:
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+def recurrent_multiply(x: Tensor) -> Multiply:
+    """How a layer with the input x multiplies: as a recurrent layer of torch does, by switches that are read once."""
+    if not x.is_cuda or x.dtype != torch.float32:
+        return torch.mm
+    tf32, gemm = takes_tf32(), _cublas_gemm_ex()
+    by_torch = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.mm if gemm is None or tf32 == by_torch else functools.partial(_on_device, gemm, tf32)
 
 
 @functools.cache
 def _cublas_gemm_ex() -> Any:
-    """`cublasGemmEx` of the library that torch has loaded, or None."""
+    """`cublasGemmEx` of the library that torch has loaded, of which its handles are, or None."""
     version = torch.version.cuda
-    if version is None:
+    if version is None or not hasattr(os, "RTLD_NOLOAD"):
         return None
     try:
-        library = ctypes.CDLL(f"libcublas.so.{version.split('.')[0]}")
-    except OSError:
+        library = ctypes.CDLL(f"libcublas.so.{version.split('.')[0]}", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        return with_types(library.cublasGemmEx)
+    except (OSError, AttributeError):
         return None
-    return with_types(library.cublasGemmEx)
 
 
 def with_types(gemm: Any) -> Any:
@@ -81,6 +76,13 @@ def with_types(gemm: Any) -> Any:
     gemm.argtypes = POINTER, INT, INT, INT, INT, INT, POINTER, *matrix, *matrix, POINTER, *matrix, INT, INT
     gemm.restype = INT
     return gemm
+
+
+def _on_device(gemm: Any, tf32: bool, a: Tensor, b: Tensor) -> Tensor:
+    if 0 in (*a.shape, *b.shape) or max(*a.shape, *b.shape, *a.stride(), *b.stride()) > LARGEST:
+        return torch.mm(a, b)
+    with torch.cuda.device(a.device):  # of which the handle is
+        return _gemm_ex(gemm, torch.cuda.current_blas_handle(), a, b, tf32)
 
 
 def _gemm_ex(gemm: Any, handle: int, a: Tensor, b: Tensor, tf32: bool) -> Tensor:
@@ -99,8 +101,8 @@ def _gemm_ex(gemm: Any, handle: int, a: Tensor, b: Tensor, tf32: bool) -> Tensor
 
 def _stored(a: Tensor) -> tuple[Tensor, int, int]:
     """The matrix as cuBLAS can read it, whether it lies transposed, and how far its rows or columns are apart."""
-    for transposed, (rows, columns) in ((OP_N, (0, 1)), (OP_T, (1, 0))):
-        apart = max(a.stride(rows), 1)
-        if a.stride(columns) == 1 and apart >= a.shape[columns]:
-            return a, transposed, apart
+    a = a.resolve_neg()
+    for operation, (rows, columns) in ((OP_N, (0, 1)), (OP_T, (1, 0))):
+        if a.stride(columns) == 1 and a.stride(rows) >= a.shape[columns]:
+            return a, operation, a.stride(rows)
     return a.contiguous(), OP_N, a.shape[1]

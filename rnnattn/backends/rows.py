@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from rnnattn.packing import Packing
 from rnnattn.reference import Resets, previous_states
 
 
@@ -20,10 +19,10 @@ class Rows:
     T: int
     B: int
     N: int
-    sizes: Sequence[int]  # rows of each step
-    starts: Sequence[int]  # packed: where each step begins
     lengths: Tensor | None  # int64 [B], on the device
-    # Packed: int64 [T + 2] on the device, where B initial states, each step's rows and B initial states begin.
+    # Of packed rows: how many each step has, int64 [T] on the CPU, and on the device int64 [T + 2], where B initial
+    # states, each step's rows and B initial states begin.
+    batch_sizes: Tensor | None = None
     slots: Tensor | None = None
 
     @classmethod
@@ -35,7 +34,7 @@ class Rows:
         """
         if x.dim() == 3:
             T = x.shape[0]
-            return cls(T, B, T * B, [B] * T, [], None if lengths is None else lengths.contiguous())
+            return cls(T, B, T * B, None if lengths is None else lengths.contiguous())
         if resets is not None:
             raise RuntimeError("resets: expected none with a packed sequence")
         if lengths is None or lengths.shape != (B,) or B == 0:
@@ -46,19 +45,29 @@ class Rows:
             raise RuntimeError(
                 f"lengths: expected positive ones of a packed sequence in falling order with a sum of {len(x)}"
             )
-        sizes = Packing.of_lengths(lengths, len(x)).batch_sizes
-        ends = sizes.cumsum(0)
-        # One transfer that nobody waits for.
-        there = torch.cat([lengths, sizes.new_tensor([0, B]), B + ends]).to(x.device, non_blocking=True)
-        return cls(found[0], B, len(x), sizes.tolist(), (ends - sizes).tolist(), there[:B], there[B:])
+        sizes = torch.searchsorted(-lengths, -torch.arange(found[0], device="cpu"))
+        slots = torch.cat([sizes.new_tensor([0, B]), B + sizes.cumsum(0)])
+        there = torch.cat([slots, lengths]).to(x.device, non_blocking=True)  # in one transfer
+        return cls(found[0], B, len(x), there[len(slots) :], sizes, there[: len(slots)])
 
     @property
     def packed(self) -> bool:
-        return self.slots is not None
+        return self.batch_sizes is not None
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many rows each step has."""
+        return [self.B] * self.T if self.batch_sizes is None else self.batch_sizes.tolist()
 
     def of_step(self, t: int, sequence: Tensor) -> Tensor:
         """The rows of step t in a [T, B, F], or packed [N, F]."""
-        return sequence.narrow(0, self.starts[t], self.sizes[t]) if self.packed else sequence[t]
+        return sequence.narrow(0, self._starts[t], self.sizes[t]) if self.packed else sequence[t]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        assert self.batch_sizes is not None
+        starts: list[int] = (self.batch_sizes.cumsum(0) - self.batch_sizes).tolist()
+        return starts
 
     def previous(self, y: Tensor, h0: Tensor, reset: Resets | None, reverse: bool) -> Tensor:
         """The h that each step started from, shaped as y [T, B, R] or [N, R]; h0 [B, R]."""
@@ -74,13 +83,13 @@ class Rows:
         row = count + self.B - slots[step + 1]
         if not reverse:
             return slots[step] + row
-        runs = torch.cat([sizes[2:], sizes.new_zeros(1)])[step] > row  # after this step, too
-        return torch.where(runs, slots[step + 2], self.B + self.N) + row
+        goes_on = torch.cat([sizes[2:], sizes.new_zeros(1)])[step] > row  # after this step
+        return torch.where(goes_on, slots[step + 2], self.B + self.N) + row
 
 
 def following(left: Tensor, n: int, begin: Tensor, ended: Tensor | None = None) -> Tensor:
-    """Of what a step left for each of its rows, what the next one finds for its n: where it has more, those begin;
-    where it has fewer, the others have ended."""
+    """Of what a step left for each of its rows, what the next one finds for its n. Where it has more, those begin as in
+    `begin`; where it has fewer, `ended` is written what the others were left."""
     there = len(left)
     if ended is not None and there > n:
         ended[n:there] = left[n:]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnnattn.backends.products import matmul, mm
+from rnnattn.backends.products import matmul, recurrent_multiply
 from rnnattn.backends.rows import Rows
 from rnnattn.backends.sequence_tiles import ALIGNED
 from rnnattn.backends.stepwise import biases, contiguous
@@ -72,7 +72,7 @@ def layer_forward(
     steps, reverses = x.shape[:-1], reverses_of(direction, K)
     parts = split_weights(weights, has_biases, K)
     w_ih = parts[0].w_ih if stacked else torch.cat([w.w_ih for w in parts])
-    gates_x = matmul(x.flatten(0, -2), w_ih.t())
+    gates_x = matmul(x.flatten(0, -2), w_ih.t(), recurrent_multiply(x))
     bias = torch.stack([_bias(w, cell.shared, H) for w in parts]).to(acc) if has_biases else None
     w_hh, width = _padded([w.w_hh for w in parts])
     w_x = _padded([w.w_ih for w in parts[1:]])[0] if stacked else None
@@ -123,7 +123,7 @@ def layer_backward(
     N, K, acc = rows.N, len(h0), accumulation_dtype(x.dtype)
     reverses = reverses_of(direction, K)
     parts = split_weights(weights, has_biases, K)
-    GH, outputs = cell.blocks * h0.shape[-1], y.chunk(K, -1)
+    GH, outputs, multiply = cell.blocks * h0.shape[-1], y.chunk(K, -1), recurrent_multiply(x)
     anew = [scan_resets(resets, reset_to_initial, h0[k], None, lengths, reverse) for k, reverse in enumerate(reverses)]
     h_prev: Tensor | None = None
     if needs_dweights or not cell.shared:
@@ -144,14 +144,14 @@ def layer_backward(
     dx: Tensor | None = None
     if needs_dx:  # of all directions in one product
         scans = 1 if stacked else K
-        dx = mm(da[:, :scans, :GH].reshape(N, -1), torch.cat([w.w_ih for w in parts[:scans]])).view(x.shape)
+        dx = multiply(da[:, :scans, :GH].reshape(N, -1), torch.cat([w.w_ih for w in parts[:scans]])).view(x.shape)
     dweights: list[Tensor] | None = None
     if needs_dweights and h_prev is not None:
         dweights, valid = [], None if rows.packed else lengths
         for k, w in enumerate(parts):
             da_k, db_k = da[:, k, :GH], None if db is None else db[:, k, :GH]
             x_k = outputs[k - 1] if stacked and k else x
-            dweights += layer_gradients(da_k, db_k, None, x_k, h_prev[k], None, None, w, valid, mm)
+            dweights += layer_gradients(da_k, db_k, None, x_k, h_prev[k], None, None, w, valid, multiply)
     return dx, dh.to(x.dtype), x.new_empty(0) if dc is None else dc.to(x.dtype), dweights
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rnnattn.backends.products import matmul, wide
+from rnnattn.backends.products import matmul, recurrent_multiply, wide
 from rnnattn.backends.rows import Rows, following
 from rnnattn.reference import (
     CELLS,
@@ -99,7 +99,7 @@ def layer_forward(
     """`rnnattn.reference.recurrent_layer_forward`."""
     cell, reverses = CELLS[mode], DIRECTIONS[direction]
     T, (K, _, R), steps = rows.T, h0.shape, x.shape[:-1]
-    H, acc = weights[0].shape[0] // cell.blocks, accumulation_dtype(x.dtype)
+    H, acc, multiply = weights[0].shape[0] // cell.blocks, accumulation_dtype(x.dtype), recurrent_multiply(x)
     y = x.new_empty(*steps, K * R)
     h_n, c_n = torch.empty_like(h0), x.new_empty(0) if c0 is None else torch.empty_like(c0)
     gates = x.new_empty(K, *steps, cell.saved * H) if save and cell.saved else None
@@ -107,7 +107,7 @@ def layer_forward(
     lengths = None if rows.packed else rows.lengths  # packed, a step has no row whose length is over
     valid = None if lengths is None else valid_steps(lengths, T)
     for k, w in enumerate(split_weights(weights, has_biases, K)):
-        gates_x = matmul(x.flatten(0, -2), w.w_ih.t()).unflatten(0, steps)
+        gates_x = matmul(x.flatten(0, -2), w.w_ih.t(), multiply).unflatten(0, steps)
         bias, bias_q = biases(w, cell.shared, H)
         if bias is not None:
             gates_x += bias
@@ -117,7 +117,7 @@ def layer_forward(
         reset = scan_resets(resets, reset_to_initial, h_first, c_first, lengths, reverses[k])
         flags = None if reset is None else reset.before[..., 0].contiguous()
         h_reset, c_reset = (h_first, c_first) if flags is not None and reset_to_initial else (None, None)
-        gates_reset = None if h_reset is None else matmul(h_reset, w_hh_t)
+        gates_reset = None if h_reset is None else matmul(h_reset, w_hh_t, multiply)
         spare = () if c_first is None else (torch.empty_like(c_first), torch.empty_like(c_first))
         takes_h = w_hr_t is None and (lengths is not None or not cell.shared)
         h, c, y_k = h_first, c_first, y[..., k * R : (k + 1) * R]
@@ -130,13 +130,13 @@ def layer_forward(
             h_next = y_t if lengths is None else torch.empty_like(h)
             projected = None if w_hr_t is None else x.new_empty(size, H)
             kernels.forward(
-                mode, rows.of_step(t, gates_x), matmul(h, w_hh_t), bias_q, h if takes_h else None, c, lengths, t,
-                None if flags is None else flags[t], gates_reset, None if cell.shared else h_reset, c_reset,
+                mode, rows.of_step(t, gates_x), matmul(h, w_hh_t, multiply), bias_q, h if takes_h else None, c,
+                lengths, t, None if flags is None else flags[t], gates_reset, None if cell.shared else h_reset, c_reset,
                 None if gates is None else rows.of_step(t, gates[k]), c_next, y_t if projected is None else projected,
                 None if lengths is None or projected is not None else h_next,
             )  # fmt: skip
             if projected is not None and w_hr_t is not None:
-                h_next = matmul(projected, w_hr_t).to(x.dtype)
+                h_next = matmul(projected, w_hr_t, multiply).to(x.dtype)
                 y_t.copy_(h_next)
                 if valid is not None:
                     h_next = torch.where(valid[t][:, None], h_next, h)

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from rnnattn.backends.products import matmul, mm, wide
+from rnnattn.backends.products import Multiply, matmul, recurrent_multiply, wide
 from rnnattn.backends.rows import Rows, following
 from rnnattn.backends.stepwise import StepKernels
 from rnnattn.reference import (
@@ -54,6 +54,7 @@ def layer_backward(
         dy = dy.contiguous()
     dcells = None if dcells is None else zero_invalid(dcells, lengths)
     dx: Tensor | None = None
+    multiply = recurrent_multiply(x)
     dh0, dc0 = torch.empty_like(h0), x.new_empty(0) if c0 is None else torch.empty_like(c0)
     dweights: list[Tensor] | None = [] if needs_dweights else None
     for k, w in enumerate(split_weights(weights, has_biases, K)):
@@ -62,20 +63,19 @@ def layer_backward(
         c0_k = None if c0 is None else c0[k].to(acc).contiguous()
         h0_k = h0[k].contiguous()
         reset = scan_resets(resets, reset_to_initial, h0_k, c0_k, lengths, reverses[k])
-        h_prev = rows.previous(y_k, h0_k, reset, reverses[k])
+        h_prev = rows.previous(y_k, h0_k, reset, reverses[k]) if needs_dweights or not cell.shared else None
         dh_n_k, dc_n_k = None if dh_n is None else dh_n[k], None if dc_n is None else dc_n[k]
         da, db, dh_out = _scan(
-            kernels, rows, mode, dy_k, start(dh_n_k, h0_k), None if c0_k is None else start(dc_n_k, c0_k),
+            kernels, rows, multiply, mode, dy_k, start(dh_n_k, h0_k), None if c0_k is None else start(dc_n_k, c0_k),
             None if dcells is None else dcells[k], c0_k, w, lengths, reset, y_k, h_prev, gates_k, cells_k, reverses[k],
             dh0[k], dc0 if c0_k is None else dc0[k],
         )  # fmt: skip
         if needs_dx:
-            part = matmul(da.flatten(0, -2), w.w_ih)
+            part = matmul(da.flatten(0, -2), w.w_ih, multiply)
             dx = part if dx is None else dx.add_(part)
-        if dweights is not None:
-            dweights += layer_gradients(
-                da, db, dh_out if dh_out is None else dh_out.to(x.dtype), x, h_prev, gates_k, cells_k, w, lengths, mm
-            )
+        if dweights is not None and h_prev is not None:
+            dh_out = None if dh_out is None else dh_out.to(x.dtype)
+            dweights += layer_gradients(da, db, dh_out, x, h_prev, gates_k, cells_k, w, lengths, multiply)
     return None if dx is None else dx.view(x.shape).to(x.dtype), dh0, dc0, dweights
 
 
@@ -90,6 +90,7 @@ def start(d: Tensor | None, state: Tensor) -> Tensor:
 def _scan(
     kernels: StepKernels,
     rows: Rows,
+    multiply: Multiply,
     mode: str,
     dy: Tensor | None,
     dh_last: Tensor,
@@ -100,7 +101,7 @@ def _scan(
     lengths: Tensor | None,
     reset: Resets | None,
     y: Tensor,
-    h_prev: Tensor,
+    h_prev: Tensor | None,
     gates: Tensor | None,
     cells: Tensor | None,
     reverse: bool,
@@ -145,7 +146,8 @@ def _scan(
             dc, after = _kept_from(dc, after, dc_reset).add_(of_step(dcells)), None
         saved = (
             None if gates is None else of_step(gates), of_step(y) if gates is None else None,
-            None if shared else of_step(h_prev), None if cells is None else of_step(cells), c_prev, lengths, t, here,
+            None if shared or h_prev is None else of_step(h_prev), None if cells is None else of_step(cells), c_prev,
+            lengths, t, here,
         )  # fmt: skip
         if w_hr is None or dh_out is None:
             kernels.backward(
@@ -157,9 +159,11 @@ def _scan(
             dh_t = _sum(dy_t, carried)
             of_step(dh_out).copy_(dh_t if valid is None else torch.where(valid[t], dh_t, 0))
             around = None if valid is None else torch.where(valid[t], 0, carried)
-            dh_raw = matmul(dh_t.to(w_hr.dtype), w_hr)  # at the weights' precision where they are 16-bit (on CUDA)
+            dh_raw = matmul(
+                dh_t.to(w_hr.dtype), w_hr, multiply
+            )  # at the weights' precision where they are 16-bit (on CUDA)
             kernels.backward(mode, None, dh_raw, None, dc, *saved, None, c_reset, None, None, da_t, None)
-        product, after = matmul(da_t if db_t is None else db_t, w_hh), here
+        product, after = matmul(da_t if db_t is None else db_t, w_hh, multiply), here
     dh0[:held] = _sum(_kept_from(_sum(product, around), after, dh_reset), dh_reset)
     if dc is not None:
         dc0[:held] = _sum(_kept_from(dc, after, dc_reset), dc_reset)

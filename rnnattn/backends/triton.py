@@ -68,43 +68,22 @@ class Triton(Backend):
         return plan.step_us * (call.T + call.layers - 1) / (call.T * call.layers) if as_one else plan.step_us
 
     def recurrent_layer_forward(  # type: ignore[no-untyped-def]
-        self, x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save
+        self, x, h0, c0, weights, lengths, resets, *settings
     ):
-        inputs, settings = (x, h0, c0, weights), (resets, reset_to_initial, has_biases)
         rows = Rows.of(x, h0.shape[1], lengths, resets)
-        launch = _launch(x, rows, h0, weights, direction, mode, backward=False)
-        if launch is None and direction == STACK:
-
-            def layer(x, h, c, w):  # type: ignore[no-untyped-def]
-                return self.recurrent_layer_forward(x, h, c, w, lengths, *settings, "forward", mode, save)
-
-            return stack_forward(layer, *inputs)
         with _device(x):
-            arguments = rows, *inputs, *settings, direction, mode, save
-            if launch is None:
-                return stepwise.layer_forward(_step(), *arguments)
-            return sequence.layer_forward(_sequence(), launch, sequence_choice.precision(x.dtype), *arguments)
+            return _layer_forward(rows, x, h0, c0, weights, resets, *settings)
 
     def recurrent_layer_backward(  # type: ignore[no-untyped-def]
         self, dy, dh_n, dc_n, dcells, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells,
         has_biases, direction, mode, needs_dx, needs_dweights, overwrites_gates=False,
     ):  # fmt: skip
-        inputs, results = (dy, dh_n, dc_n, dcells, x, h0, c0, weights), (y, gates, cells)
         rows = Rows.of(x, h0.shape[1], lengths, resets)
-        launch = _launch(x, rows, h0, weights, direction, mode, backward=True)
-        if launch is None and direction == STACK:
-
-            def layer(dy, dh, dc, dcells, x, h, c, w, y, gates, cells, needs_dx):  # type: ignore[no-untyped-def]
-                arguments = dy, dh, dc, dcells, x, h, c, w, lengths, resets, reset_to_initial, y, gates, cells
-                return self.recurrent_layer_backward(*arguments, has_biases, "forward", mode, needs_dx, needs_dweights)
-
-            return stack_backward(layer, *inputs, *results, needs_dx)
-        settings = has_biases, direction, mode, needs_dx, needs_dweights
         with _device(x):
-            arguments = rows, *inputs, resets, reset_to_initial, *results, *settings
-            if launch is None:
-                return stepwise_backward.layer_backward(_step(), *arguments)
-            return sequence.layer_backward(_sequence(), launch, sequence_choice.precision(x.dtype), *arguments)
+            return _layer_backward(
+                rows, dy, dh_n, dc_n, dcells, x, h0, c0, weights, resets, reset_to_initial, y, gates, cells, has_biases,
+                direction, mode, needs_dx, needs_dweights,
+            )  # fmt: skip
 
     def regularised_scan_forward(self, *arguments):  # type: ignore[no-untyped-def]
         with _device(arguments[0]):
@@ -180,6 +159,46 @@ def _empty_scores(x: Tensor) -> Tensor:
 def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device: make it the one that x is on."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _layer_forward(  # type: ignore[no-untyped-def]
+    rows, x, h0, c0, weights, resets, reset_to_initial, has_biases, direction, mode, save
+):
+    """In one launch, or step by step."""
+    inputs, settings = (x, h0, c0, weights), (resets, reset_to_initial, has_biases)
+    launch = _launch(x, rows, h0, weights, direction, mode, backward=False)
+    if launch is not None:
+        precision = sequence_choice.precision(x.dtype)
+        return sequence.layer_forward(_sequence(), launch, precision, rows, *inputs, *settings, direction, mode, save)
+    if direction != STACK:
+        return stepwise.layer_forward(_step(), rows, *inputs, *settings, direction, mode, save)
+
+    def layer(x, h, c, w):  # type: ignore[no-untyped-def]
+        return _layer_forward(rows, x, h, c, w, *settings, "forward", mode, save)
+
+    return stack_forward(layer, *inputs)
+
+
+def _layer_backward(  # type: ignore[no-untyped-def]
+    rows, dy, dh_n, dc_n, dcells, x, h0, c0, weights, resets, reset_to_initial, y, gates, cells, has_biases, direction,
+    mode, needs_dx, needs_dweights,
+):  # fmt: skip
+    inputs, results = (dy, dh_n, dc_n, dcells, x, h0, c0, weights), (y, gates, cells)
+    arguments = *inputs, resets, reset_to_initial, *results, has_biases, direction, mode, needs_dx, needs_dweights
+    launch = _launch(x, rows, h0, weights, direction, mode, backward=True)
+    if launch is not None:
+        precision = sequence_choice.precision(x.dtype)
+        return sequence.layer_backward(_sequence(), launch, precision, rows, *arguments)
+    if direction != STACK:
+        return stepwise_backward.layer_backward(_step(), rows, *arguments)
+
+    def layer(dy, dh, dc, dcells, x, h, c, w, y, gates, cells, needs_dx):  # type: ignore[no-untyped-def]
+        return _layer_backward(
+            rows, dy, dh, dc, dcells, x, h, c, w, resets, reset_to_initial, y, gates, cells, has_biases, "forward",
+            mode, needs_dx, needs_dweights,
+        )  # fmt: skip
+
+    return stack_backward(layer, *inputs, *results, needs_dx)
 
 
 def _launch(

@@ -158,16 +158,16 @@ def layer_gradients(
     cells: Tensor | None,
     w: LayerWeights,
     lengths: Tensor | None,
-    mm: Callable[[Tensor, Tensor], Tensor] = torch.mm,
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.mm,
 ) -> list[Tensor]:
     """Weight gradients of one direction: GEMMs over all steps at once, after the scan.
 
     Args:
         da, db: [T, B, GH], gradients of a and b, zero at invalid steps; db is None where it is da. The
-            GEMMs run in their dtype. As all of these they may be of packed rows [N, ...], without lengths.
+            GEMMs run in their dtype. All that has T, B may be of packed rows instead, [N, ...]; lengths are None then.
         dh_out: [T, B, R], the whole gradient of h_t; it, gates and cells are read with a projection only.
         h_prev: [T, B, R] of `previous_states`. The rest as in `recurrent_layer_backward`.
-        mm: multiplies.
+        multiply: of two matrices, in their dtype.
 
     Returns:
         dw_ih, dw_hh, then with biases the gradient of both where db is None, else of b_ih and of b_hh,
@@ -177,8 +177,8 @@ def layer_gradients(
     da_t = da.flatten(0, -2).t()
     db_t = da_t if db is None else db.flatten(0, -2).t()
     gradients = [
-        mm(da_t, zero_invalid(x, lengths).to(acc).flatten(0, -2)),
-        mm(db_t, h_prev.to(acc).flatten(0, -2)),
+        multiply(da_t, zero_invalid(x, lengths).to(acc).flatten(0, -2)),
+        multiply(db_t, h_prev.to(acc).flatten(0, -2)),
     ]
     if w.b_ih is not None:
         gradients += [d.sum(1) for d in ((da_t,) if db is None else (da_t, db_t))]
@@ -186,5 +186,5 @@ def layer_gradients(
         assert dh_out is not None and gates is not None and cells is not None
         o = gates[..., 3 * cells.shape[-1] :]
         h_raw = (o.to(cells.dtype) * cells.tanh()).to(dtype).to(acc)
-        gradients.append(mm(dh_out.flatten(0, -2).to(acc).t(), h_raw.flatten(0, -2)))
+        gradients.append(multiply(dh_out.flatten(0, -2).to(acc).t(), h_raw.flatten(0, -2)))
     return [gradient.to(dtype) for gradient in gradients]
