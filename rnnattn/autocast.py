@@ -19,9 +19,16 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch._C._is_any_autocast_enabled():
         return None
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _is_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def _is_available(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+_is_available._dynamo_marked_constant = True  # type: ignore[attr-defined]  # which torch 2.11 cannot trace
 
 
 def lowered(t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:

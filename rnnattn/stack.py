@@ -111,7 +111,7 @@ def run_step(
         raise ValueError(f"{op_name(mode)}_cell: expected b_ih and b_hh both given or both None")
     biases = [] if b_ih is None or b_hh is None else [b_ih, b_hh]
     c0 = None if c is None else c[None]
-    _, h_n, c_n, _ = run_stack(mode, x[None], h[None], c0, [w_ih, w_hh, *biases], has_biases=bool(biases))
+    _, h_n, c_n, _ = run_stack(mode, x[None], h[None], c0, [w_ih, w_hh, *biases], has_biases=len(biases) > 0)
     return h_n[0], None if c_n is None else c_n[0]
 
 
