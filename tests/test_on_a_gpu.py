@@ -182,7 +182,8 @@ def test_products_have_the_precision_of_recurrent_layers(
     a, b = torch.randn(640, 384, device=CUDA), torch.randn(512, 384, device=CUDA)
     with recurrent_precision(of_rnn):
         for left, right in ((a, b.t()), (a[:, :128], b.t()[:128]), (a.t(), a), (a[:, 64:].t(), a[:, :32])):
-            error = relative_error(products.mm(left, right), left.double() @ right.double())
+            product = products.recurrent_multiply(left)(left, right)
+            error = relative_error(product, left.double() @ right.double())
             assert (1e-5 < error < 1e-3) if of_rnn == "tf32" else error < 1e-6, (left.shape, right.shape)
 
 
