@@ -88,8 +88,11 @@ class Rows:
 
 
 def following(left: Tensor, n: int, begin: Tensor, ended: Tensor | None = None) -> Tensor:
-    """Of what a step left for each of its rows, what the next one finds for its n. Where it has more, those begin as in
-    `begin`; where it has fewer, `ended` is written what the others were left."""
+    """Of what a step left for each of its rows, what the next one finds for its n.
+
+    Where it has more, those begin as in `begin`. Where it has fewer, `ended` is written what the others were left; also
+    before the first step, of rows that are yet to begin, and again when they end.
+    """
     there = len(left)
     if ended is not None and there > n:
         ended[n:there] = left[n:]

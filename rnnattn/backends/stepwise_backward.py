@@ -159,9 +159,8 @@ def _scan(
             dh_t = _sum(dy_t, carried)
             of_step(dh_out).copy_(dh_t if valid is None else torch.where(valid[t], dh_t, 0))
             around = None if valid is None else torch.where(valid[t], 0, carried)
-            dh_raw = matmul(
-                dh_t.to(w_hr.dtype), w_hr, multiply
-            )  # at the weights' precision where they are 16-bit (on CUDA)
+            # At the weights' precision where they are 16-bit (on CUDA).
+            dh_raw = matmul(dh_t.to(w_hr.dtype), w_hr, multiply)
             kernels.backward(mode, None, dh_raw, None, dc, *saved, None, c_reset, None, None, da_t, None)
         product, after = matmul(da_t if db_t is None else db_t, w_hh, multiply), here
     dh0[:held] = _sum(_kept_from(_sum(product, around), after, dh_reset), dh_reset)
