@@ -84,7 +84,7 @@ def run_stack(
         y, h_n, c_n, cells = _layers(
             mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, K, lengths, resets, reset_to_initial,
             backend, as_one, in_chunks and not (looked_on or torch.compiler.is_compiling() or is_transformed()),
-            return_cells, regularisation,
+            return_cells, regularisation, padded_for,
         )  # fmt: skip
     if cells is not None:
         cells = cells if packing is not None else zero_invalid(cells, lengths)
@@ -134,8 +134,10 @@ def _layers(
     in_chunks: bool,
     with_cells: bool,
     regularisation: Regularisation | None,
+    packing: Packing | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """y, h_n, c_n, and cells [K, T, B, H] of the last layer, as they are in the operator."""
+    """y, h_n, c_n, and cells [K, T, B, H] of the last layer, as they are in the operator; packing: of rows that are
+    padded here."""
     if as_one:
         y, h, c, cells = autograd.recurrent_layer(
             x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, STACK, mode, backend, with_cells
@@ -148,7 +150,8 @@ def _layers(
     cells = None
     for layer in range(num_layers):
         if layer > 0 and dropout > 0 and training:
-            x = F.dropout(x, dropout)
+            # What is packed is dropped packed, whoever runs it, so that a seed draws the same.
+            x = F.dropout(x, dropout) if packing is None else packing.padded(F.dropout(packing.packed(x), dropout))
         states = slice(layer * K, (layer + 1) * K)
         own = weights[layer * per_layer : (layer + 1) * per_layer]
         if regularisation is not None:

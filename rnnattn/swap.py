@@ -59,7 +59,8 @@ def swap(model: nn.Module) -> SwapReport:
 
 def unswap(model: nn.Module) -> SwapReport:
     """The reverse of `swap`: torch.nn's modules in the place of rnnattn's, in place, but those that torch.nn cannot
-    do: with zoneout, locked dropout, dropped weights or layer norm. A forget_bias, but a beginning, is forgotten."""
+    do: with zoneout, locked dropout, dropped weights or layer norm. A forget_bias, but a beginning, is forgotten, and
+    so is recompute, which changes no result."""
     return _replace(model, {ours: theirs for theirs, ours in SWAPS.items()})
 
 
@@ -89,7 +90,11 @@ def _replace(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) ->
 def _twin(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     """A module of another class over the same state: one set of parameters, hooks and settings."""
     new = kind.__new__(kind)
-    new.__dict__.update(module.__dict__)
+    new.__dict__.update(
+        (name, value)
+        for name, value in vars(module).items()
+        if hasattr(kind, name) or not hasattr(type(module), name)  # or it is a setting of that class alone
+    )
     return new
 
 

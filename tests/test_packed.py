@@ -157,6 +157,23 @@ def test_torchs_own_kernels_take_packed_rows() -> None:
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("recompute", (None, "chunk"))
+@kinds
+def test_a_seed_drops_the_same_as_in_torch(kind: str, recompute: str | None, chosen: str) -> None:
+    settings = {"num_layers": 2, "dropout": 0.5, "device": device_of(chosen)}
+    theirs, ours = (
+        getattr(torch.nn, kind)(I, H, **settings),
+        getattr(rnnattn, kind)(I, H, recompute=recompute, **settings),
+    )
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(5, 3, I, device=device_of(chosen))
+    packed, outputs = pack_padded_sequence(x, [2, 5, 3], enforce_sorted=False), []
+    for m in (theirs, ours):
+        torch.manual_seed(1)
+        outputs.append(m(packed)[0].data)
+    torch.testing.assert_close(*outputs)
+
+
 @pytest.mark.parametrize("backend", backend_parameters("cpp"))
 @pytest.mark.parametrize("precision", ("float", "bfloat16", "int8"))
 def test_prepared_modules(precision: str, backend: str) -> None:

@@ -220,6 +220,18 @@ def test_checkpoints_and_pickles_cross() -> None:
     assert type(pickle.loads(pickle.dumps(model)).shared) is nn.LSTM
 
 
+@pytest.mark.parametrize("kind", ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"))
+def test_nothing_is_left_of_a_swap(kind: str) -> None:
+    """Nor of a module that has been ours from the beginning."""
+    model, ours = nn.Sequential(getattr(nn, kind)(3, 4)), nn.Sequential(getattr(rnnattn, kind)(3, 4))
+    before, names = pickle.dumps(model), set(vars(model[0]))
+    for each in (rnnattn.swap(model).model, ours):
+        each(torch.randn(2, 3))
+        rnnattn.unswap(each)
+        assert type(each[0]) is getattr(nn, kind) and set(vars(each[0])) == names
+    assert pickle.dumps(model) == before
+
+
 def test_a_swapped_module_follows_its_parameters() -> None:
     model, x = nn.Sequential(nn.LSTM(3, 4)), torch.randn(5, 2, 3)
     rnnattn.swap(model)
