@@ -28,8 +28,7 @@ class Packing:
     @classmethod
     def of_lengths(cls, lengths: Tensor, rows: int) -> Packing:
         """Of rows of these lengths [B], which fall."""
-        lengths = lengths.cpu()
-        return cls(torch.searchsorted(-lengths, -torch.arange(int(lengths[0]), device="cpu")), rows)
+        return cls(batch_sizes_of(lengths.cpu()), rows)
 
     def lengths(self) -> Tensor:
         """int64 [B] on the CPU: of each row, how many batch sizes are above its place."""
@@ -58,6 +57,11 @@ class Packing:
 
     def _count(self, n: int) -> Tensor:
         return torch.arange(n, device=self.batch_sizes.device)
+
+
+def batch_sizes_of(lengths: Tensor) -> Tensor:
+    """int64 [T]: how many rows each step has, of lengths [B] on the CPU, which fall; T is the first."""
+    return torch.searchsorted(-lengths, -torch.arange(int(lengths[0]), device="cpu"))
 
 
 def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rnnattn.packing import batch_sizes_of
 from rnnattn.reference import Resets, previous_states
 
 
@@ -45,7 +46,7 @@ class Rows:
             raise RuntimeError(
                 f"lengths: expected positive ones of a packed sequence in falling order with a sum of {len(x)}"
             )
-        sizes = torch.searchsorted(-lengths, -torch.arange(found[0], device="cpu"))
+        sizes = batch_sizes_of(lengths)
         slots = torch.cat([sizes.new_tensor([0, B]), B + sizes.cumsum(0)])
         there = torch.cat([slots, lengths]).to(x.device, non_blocking=True)  # in one transfer
         return cls(found[0], B, len(x), there[len(slots) :], sizes, there[: len(slots)])
