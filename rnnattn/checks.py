@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +113,17 @@ def checked_mask(mask: Tensor | None, shape: tuple[int, int], device: torch.devi
         raise ValueError(f"mask: expected device {device} as the input has, got {mask.device}")
 
 
+def check_states(op: str, hx: Any, argument: int) -> None:
+    """Raises TypeError or RuntimeError, in torch's words, where hx is not two tensors; it is that argument there."""
+    if not isinstance(hx, tuple | list):
+        raise TypeError(
+            f"{op}(): argument 'hx' (position {argument + 1}) must be tuple of Tensors, not {type(hx).__name__}"
+        )
+    _check_tensors(hx, argument)
+    if len(hx) != 2:
+        raise RuntimeError(f"{op} expects two hidden states")
+
+
 def check_recurrent(
     op: str,
     G: int,
@@ -124,12 +136,14 @@ def check_recurrent(
     num_layers: int,
     K: int,
 ) -> None:
-    """Raises RuntimeError where an argument of `functional.lstm`, `gru` or `rnn` is off.
+    """Raises RuntimeError, for a weight that is None TypeError, where an argument of `functional.lstm`, `gru` or `rnn`
+    is off.
 
     x is [T, B, I] or packed, G the blocks of H rows in the cell's weights; a cell with c0 may have a projection.
     """
-    if not x.dtype.is_floating_point:
-        raise RuntimeError(f"{op}: expected a floating input, got {x.dtype}")
+    _check_tensors(weights, 2 if x.dim() == 3 else 3)  # packed rows have their batch sizes before them
+    if x.layout != torch.strided:
+        raise RuntimeError(f"{op}: expected a dense input, got {x.layout}")
     plain = 4 if has_biases else 2
     per_direction, rest = divmod(len(weights), num_layers * K)
     if rest or per_direction not in ((plain,) if c0 is None else (plain, plain + 1)):
@@ -137,6 +151,10 @@ def check_recurrent(
         raise RuntimeError(
             f"{op}: expected {number} weights for each of {num_layers} layers and {K} directions, got {len(weights)}"
         )
+    check_factors(op, "input", x, "weights[0]", weights[0])
+    check_factors(op, "h0", h0, "weights[1]", weights[1])
+    if not x.dtype.is_floating_point:
+        raise RuntimeError(f"{op}: expected a floating input, got {x.dtype}")
     H = weights[0].shape[0] // G
     R = H if c0 is None else weights[1].shape[1]
     for name, state, features in (("h0", h0, R), ("c0", c0, H)):
@@ -156,6 +174,16 @@ def check_recurrent(
                 raise RuntimeError(_devices("parameter", x, w))
             if w.shape != shape or w.dtype != dtype:
                 _check_parameter(op, f"weights[{n}]", w, shape, x)
+
+
+def check_factors(op: str, name: str, x: Tensor, weight_name: str, weight: Tensor) -> None:
+    """Raises RuntimeError, in torch's words and in ours, where x cannot be multiplied with the weight."""
+    if x.dtype != weight.dtype:
+        got, expected = (t.type().split(".")[-1].removesuffix("Tensor") for t in (x, weight))
+        raise RuntimeError(
+            f"mat1 and mat2 must have the same dtype, but got {got} and {expected}: {op}: {name}: expected "
+            f"{weight.dtype} as {weight_name} has, got {x.dtype}"
+        )
 
 
 def check_pool(x: Tensor, v: Tensor, w: Tensor | None, b: Tensor | None) -> None:
@@ -188,6 +216,13 @@ def _check_parameter(op: str, name: str, p: Tensor, shape: tuple[int, ...], x: T
         raise RuntimeError(f"{op}: {name}: expected dtype {x.dtype} as the input has, got {p.dtype}")
     if p.device != x.device:
         raise RuntimeError(f"{op}: {name}: expected device {x.device} as the input has, got {p.device}")
+
+
+def _check_tensors(tensors: Sequence[Any], argument: int) -> None:
+    """Raises TypeError, in torch's words, where one is none."""
+    for n, t in enumerate(tensors):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"expected Tensor as element {n} in argument {argument}, but got {type(t).__name__}")
 
 
 def _devices(kind: str, x: Tensor, other: Tensor) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from rnnattn.checks import check_states
 from rnnattn.pooling import run_pool
 from rnnattn.stack import run_stack, run_step
 
@@ -76,6 +78,7 @@ def lstm(
 
     Source: torch.nn.LSTM; Hochreiter & Schmidhuber 1997.
     """
+    check_states("lstm", hx, 1)
     h0, c0 = hx
     output, h_n, c_n, cells = run_stack(
         "LSTM", input, h0, c0, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first, lengths,
@@ -185,8 +188,8 @@ def lstm_cell(
     """One step of `lstm`; equivalent to `torch.lstm_cell`.
 
     Args:
-        input: [B, I]. hx: h and c, each [B, H].
-        w_ih, w_hh: [4H, I] and [4H, H]. b_ih, b_hh: [4H], or both None.
+        input: [B, I]. hx: h and c, each [B, H]; c may have another dtype, and all is then in the wider one.
+        w_ih, w_hh: [4H, I] and [4H, H]. b_ih, b_hh: [4H], or None.
 
     Returns:
         h' and c', each [B, H].
@@ -194,9 +197,14 @@ def lstm_cell(
     Raises:
         RuntimeError, ValueError: an argument of the wrong shape, dtype or device.
     """
-    h, c = run_step("LSTM", input, *hx, w_ih, w_hh, b_ih, b_hh)
-    assert c is not None
-    return h, c
+    h, c = hx
+    if c.dtype != input.dtype == h.dtype == w_ih.dtype:
+        dtype = torch.promote_types(input.dtype, c.dtype)
+        input, h, c, w_ih, w_hh = (t.to(dtype) for t in (input, h, c, w_ih, w_hh))
+        b_ih, b_hh = (None if b is None else b.to(dtype) for b in (b_ih, b_hh))
+    h_n, c_n = run_step("LSTM", input, h, c, w_ih, w_hh, b_ih, b_hh)
+    assert c_n is not None
+    return h_n, c_n
 
 
 def gru_cell(
@@ -211,7 +219,7 @@ def gru_cell(
 
     Args:
         input: [B, I]. hx: h [B, H].
-        w_ih, w_hh: [3H, I] and [3H, H]. b_ih, b_hh: [3H], or both None.
+        w_ih, w_hh: [3H, I] and [3H, H]. b_ih, b_hh: [3H], or None.
 
     Returns:
         h' [B, H].
@@ -235,7 +243,7 @@ def rnn_cell(
 
     Args:
         input: [B, I]. hx: h [B, H].
-        w_ih, w_hh: [H, I] and [H, H]. b_ih, b_hh: [H], or both None.
+        w_ih, w_hh: [H, I] and [H, H]. b_ih, b_hh: [H], or None.
         nonlinearity: "tanh" or "relu".
 
     Returns:

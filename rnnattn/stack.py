@@ -107,10 +107,9 @@ def run_step(
     b_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """h' and c' (None for a cell without c) of one step; x [B, I], states [B, H]."""
-    if (b_ih is None) != (b_hh is None):
-        raise ValueError(f"{op_name(mode)}_cell: expected b_ih and b_hh both given or both None")
-    biases = [] if b_ih is None or b_hh is None else [b_ih, b_hh]
-    c0 = None if c is None else c[None]
+    given = [b for b in (b_ih, b_hh) if b is not None]
+    biases = [torch.zeros_like(given[0]) if b is None else b for b in (b_ih, b_hh)] if given else []
+    x, c0 = x.to_dense() if x.is_sparse else x, None if c is None else c[None]  # a product takes sparse rows
     _, h_n, c_n, _ = run_stack(mode, x[None], h[None], c0, [w_ih, w_hh, *biases], has_biases=len(biases) > 0)
     return h_n[0], None if c_n is None else c_n[0]
 

@@ -63,6 +63,51 @@ def test_forward_and_backward(name: str, batch: tuple[int, ...], bias: bool, giv
     )
 
 
+@pytest.mark.parametrize("missing", ["bias_ih", "bias_hh"])
+@cells
+def test_one_bias_alone(name: str, missing: str) -> None:
+    theirs, ours = twins(name)
+    for cell in (theirs, ours):
+        setattr(cell, missing, None)
+    x = torch.randn(3, I, dtype=F64)
+    want, got = each(theirs(x)), each(ours(x))
+    close(got, want)
+    cotangents = [torch.randn_like(h) for h in want]
+    close(
+        torch.autograd.grad(got, list(ours.parameters()), cotangents),
+        torch.autograd.grad(want, list(theirs.parameters()), cotangents),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_cell_states_of_another_dtype(dtype: torch.dtype) -> None:
+    theirs, ours = twins("lstm")
+    x, h, c = torch.randn(3, I, dtype=F64), torch.randn(3, H, dtype=F64), torch.randn(3, H).to(dtype)
+    close(ours(x, (h, c)), theirs(x, (h, c)))
+
+
+def test_wider_cell_states_are_not_rounded() -> None:
+    """The results are float64, as torch's are, and come of products in float64."""
+    exact, ours = twins("lstm")
+    ours = ours.float()
+    exact.load_state_dict(ours.state_dict())
+    x, h, c = torch.randn(3, I), torch.randn(3, H), torch.randn(3, H, dtype=F64)
+    close(ours(x, (h, c)), exact(x.double(), (h.double(), c)))
+
+
+def test_states_in_one_tensor_of_an_unbatched_cell() -> None:
+    theirs, ours = twins("lstm")
+    x, states = torch.randn(I, dtype=F64), torch.randn(2, H, dtype=F64)
+    close(ours(x, states), theirs(x, states))
+
+
+@cells
+def test_sparse_input(name: str) -> None:
+    theirs, ours = twins(name)
+    x = torch.eye(I, dtype=F64)[:3].to_sparse()
+    close(ours(x), theirs(x))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @cells
 def test_parameters_repr_and_state_dict(name: str, bias: bool) -> None:

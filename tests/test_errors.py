@@ -26,6 +26,12 @@ def rnn(*arguments: Any, **options: Any) -> Any:
     return rnnattn.LSTM(5, 7)(*arguments, **options)
 
 
+def without(name: str) -> Any:
+    module = rnnattn.LSTM(5, 7)
+    setattr(module, name, None)
+    return module
+
+
 def cell(*arguments: Any) -> Any:
     return rnnattn.LSTMCell(5, 7)(*arguments)
 
@@ -73,13 +79,17 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         RuntimeError, ["c0", "float32", "float64"]),
     "packed features": (lambda: rnn(packed(4, 2, 3)), RuntimeError, ["input_size", "5", "3"]),
     "packed rank": (lambda: rnn(packed(4, 2, 5, 1)), RuntimeError, ["2 dimensions", "3"]),
-    "packed dtype": (lambda: rnn(packed(4, 2, 5, dtype=F64)), ValueError, ["float32", "float64"]),
+    "packed dtype": (lambda: rnn(packed(4, 2, 5, dtype=F64)), RuntimeError, ["input", "float32", "float64"]),
     "packed batch of h": (lambda: rnn(packed(4, 2, 5), (x(1, 3, 7), x(1, 3, 7))),
         RuntimeError, [r"hidden\[0\]", r"\(1, 2, 7\)", r"\[1, 3, 7\]"]),
     "packed and lengths": (lambda: rnn(packed(4, 2, 5), lengths=[4, 2]), ValueError, ["lengths", "PackedSequence"]),
-    "cell dtype": (lambda: cell(x(2, 5, dtype=F64)), RuntimeError, ["weights", "float64", "float32"]),
-    "cell dtype of c": (lambda: cell(x(2, 5), (x(2, 7), x(2, 7, dtype=F64))),
-        RuntimeError, ["c0", "float64", "float32"]),
+    "cell dtype": (lambda: cell(x(2, 5, dtype=F64)), RuntimeError, ["input", "weights", "float64", "float32"]),
+    "cell dtype of h": (lambda: cell(x(2, 5), (x(2, 7, dtype=F64), x(2, 7))),
+        RuntimeError, ["h0", "float64", "float32"]),
+    "sparse input": (lambda: rnn(x(4, 2, 5).to_sparse()), RuntimeError, ["input", "dense", "sparse_coo"]),
+    "no recurrent bias": (lambda: without("bias_hh_l0")(x(4, 2, 5)), TypeError, ["element 3", "NoneType"]),
+    "no h": (lambda: rnn(packed(4, 2, 5), (None, x(1, 2, 7))), TypeError, ["element 0", "NoneType"]),
+    "states are one tensor": (lambda: rnn(x(4, 2, 5), x(2, 1, 2, 7)), TypeError, ["lstm", "hx", "tuple", "Tensor"]),
     "cell state is one tensor": (lambda: cell(x(2, 5), x(2, 7)), TypeError, ["hx", "tuple", "Tensor"]),
     # lengths
     "too long": (lambda: rnn(x(4, 2, 5), lengths=[5, 2]), ValueError, ["lengths", "0 to 4", "5"]),
@@ -113,7 +123,7 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "functional, float resets": (lambda: simple(resets=x(4, 2)), TypeError, ["resets", "torch.bool", "float32"]),
     # functional.lstm
     "2-D input": (lambda: lstm(input=x(4, 5)), RuntimeError, ["input", "3 dimensions", r"\[4, 5\]"]),
-    "integer input": (lambda: lstm(input=x(4, 2, 5, dtype=I64)), RuntimeError, ["input", "floating", "int64"]),
+    "integer input": (lambda: lstm(input=x(4, 2, 5, dtype=I64)), RuntimeError, ["input", "float32", "int64"]),
     "number of weights": (lambda: lstm(weights=[x(28, 5)] * 3), RuntimeError, ["weights", "4 or", "got 3"]),
     "shape of a weight": (lambda: lstm(weights=[x(28, 5), x(28, 7), x(27), x(28)]),
         RuntimeError, [r"weights\[2\]", r"\[28\]", r"\[27\]"]),
@@ -125,8 +135,9 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         RuntimeError, [r"weights\[1\]", "float32", "float64"]),
     "shape of h0": (lambda: lstm(hx=(x(2, 2, 7), x(1, 2, 7))), RuntimeError, ["h0", r"\[1, 2, 7\]", r"\[2, 2, 7\]"]),
     "shape of c0": (lambda: lstm(hx=(x(1, 2, 7), x(1, 3, 7))), RuntimeError, ["c0", r"\[1, 2, 7\]", r"\[1, 3, 7\]"]),
-    "one bias of a cell": (lambda: RF.lstm_cell(x(2, 5), (x(2, 7), x(2, 7)), x(28, 5), x(28, 7), x(28)),
-        ValueError, ["b_ih", "b_hh"]),
+    "no weights of floating numbers": (lambda: lstm(input=x(4, 2, 5, dtype=I64), hx=(x(1, 2, 7, dtype=I64),) * 2,
+        weights=[x(28, 5, dtype=I64), x(28, 7, dtype=I64)], has_biases=False),
+        RuntimeError, ["input", "floating", "int64"]),
     # functional.gru and functional.rnn
     "gru: dtype of h": (lambda: rnnattn.GRU(5, 7)(x(4, 2, 5), x(1, 2, 7, dtype=F64)),
         RuntimeError, ["gru", "h0", "float32", "float64"]),
@@ -142,14 +153,13 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "gru: packed batch of h": (lambda: rnnattn.GRU(5, 7)(packed(4, 2, 5), x(1, 3, 7)),
         RuntimeError, ["hidden size", r"\(1, 2, 7\)", r"\[1, 3, 7\]"]),
     "gru: too long": (lambda: rnnattn.GRU(5, 7)(x(4, 2, 5), lengths=[5, 2]), ValueError, ["lengths", "0 to 4", "5"]),
-    "gru cell: one bias": (lambda: RF.gru_cell(x(2, 5), x(2, 7), x(21, 5), x(21, 7), x(21)),
-        ValueError, ["gru_cell", "b_ih", "b_hh"]),
     "gru cell: dtype of h": (lambda: rnnattn.GRUCell(5, 7)(x(2, 5), x(2, 7, dtype=F64)),
         RuntimeError, ["gru", "h0", "float64", "float32"]),
     "rnn: nonlinearity": (lambda: simple(nonlinearity="elu"), ValueError, ["nonlinearity", "tanh, relu", "'elu'"]),
     "rnn: shape of w_hh": (lambda: simple(weights=[x(7, 5), x(7, 6), x(7), x(7)]),
         RuntimeError, ["rnn", r"weights\[1\]", r"\[7, 7\]", r"\[7, 6\]"]),
-    "rnn: integer input": (lambda: simple(input=x(4, 2, 5, dtype=I64)), RuntimeError, ["rnn", "floating", "int64"]),
+    "rnn: integer input": (lambda: simple(input=x(4, 2, 5, dtype=I64)),
+        RuntimeError, ["rnn: input", "float32", "int64"]),
     "rnn cell: nonlinearity": (
         lambda: RF.rnn_cell(x(2, 5), x(2, 7), x(7, 5), x(7, 7), nonlinearity="elu"),
         ValueError, ["nonlinearity", "tanh, relu", "'elu'"]),

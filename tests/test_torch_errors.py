@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnattn
 
@@ -17,6 +18,15 @@ Call = Callable[[Any], Any]
 
 def x(*shape: int, **options: Any) -> torch.Tensor:
     return torch.ones(*shape, **options)
+
+
+def packed(*shape: int, **options: Any) -> PackedSequence:
+    return pack_padded_sequence(x(*shape, **options), torch.full(shape[1:2], shape[0]))
+
+
+def without(name: str, module: nn.Module) -> nn.Module:
+    setattr(module, name, None)
+    return module
 
 
 def raised(call: Callable[[], Any]) -> tuple[type[BaseException], str]:
@@ -53,6 +63,10 @@ LSTM_CALLS: dict[str, tuple[dict[str, Any], Call]] = {
     "device of the states": ({}, lambda m: m(x(4, 2, 5), (x(1, 2, 7, device="meta"),) * 2)),
     "device of the input": ({}, lambda m: m(x(4, 2, 5, device="meta"))),
     "not a tensor": ({}, lambda m: m([1, 2])),
+    "no c": ({}, lambda m: m(packed(4, 2, 5), (x(1, 2, 7), None))),
+    "one state, packed": ({}, lambda m: m(packed(4, 2, 5), (x(1, 2, 7),))),
+    "no bias_hh": ({}, lambda m: without("bias_hh_l0", m)(x(4, 2, 5))),
+    "no bias_ih, packed": ({}, lambda m: without("bias_ih_l0", m)(packed(4, 2, 5))),
 }
 
 # of GRU and of RNN, whose one state is h
@@ -72,6 +86,8 @@ ONE_STATE_CALLS: dict[str, tuple[dict[str, Any], Call]] = {
             "T=0, unbatched",
             "device of the input",
             "not a tensor",
+            "no bias_hh",
+            "no bias_ih, packed",
         )
     },
     "2-D h": ({}, lambda m: m(x(4, 2, 5), x(2, 7))),
@@ -85,6 +101,7 @@ ONE_STATE_CALLS: dict[str, tuple[dict[str, Any], Call]] = {
     "states of an LSTM": ({}, lambda m: m(x(4, 2, 5), (x(1, 2, 7), x(1, 2, 7)))),
     "states of an LSTM, unbatched": ({}, lambda m: m(x(4, 5), (x(1, 7), x(1, 7)))),
     "device of h": ({}, lambda m: m(x(4, 2, 5), x(1, 2, 7, device="meta"))),
+    "dtype, packed": ({}, lambda m: m(packed(4, 2, 5, dtype=F64))),
 }
 
 CELL_CALLS: dict[str, Call] = {
@@ -103,6 +120,9 @@ CELL_CALLS: dict[str, Call] = {
     "three states": lambda m: m(x(2, 5), (x(2, 7),) * 3),
     "one state": lambda m: m(x(2, 5), (x(2, 7),)),
     "1-D h of the batch's size": lambda m: m(x(2, 5), (x(2), x(2, 7))),
+    "one tensor for h and c": lambda m: m(x(2, 5), x(2, 2, 7)[0]),
+    "one state, unbatched": lambda m: m(x(5), (x(7),)),
+    "3-D h among three states": lambda m: m(x(2, 5), (x(1, 2, 7),) * 3),
 }
 
 # of GRUCell and of RNNCell
@@ -149,6 +169,14 @@ def assert_same(kind: str, call: Call) -> None:
 def test_lstm(name: str) -> None:
     options, call = LSTM_CALLS[name]
     assert_same("LSTM", lambda lstm: call(lstm(5, 7, **options)))
+
+
+def test_dtype_of_packed_rows() -> None:
+    """torch's LSTM has no check of its own there: the words are those of a product, and ours say more."""
+    kind, text = raised(lambda: nn.LSTM(5, 7)(packed(4, 2, 5, dtype=F64)))
+    ours, said = raised(lambda: rnnattn.LSTM(5, 7)(packed(4, 2, 5, dtype=F64)))
+    assert ours is kind
+    assert said.startswith(text)
 
 
 @pytest.mark.parametrize("kind", ["GRU", "RNN"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from rnnattn import functional
@@ -19,7 +20,8 @@ class _Cell(DirectCalls, nn.RNNCellBase):
     """What the cells share. Messages are torch's (torch/nn/modules/rnn.py; aten/src/ATen/native/RNN.cpp,
     check_rnn_cell_forward_*)."""
 
-    _names: tuple[str, ...] = ("hidden",)  # of the states
+    _states = 1
+    _state = "hidden"  # as messages call the n-th
     _kind: str  # as messages call the cell
 
     @property
@@ -57,25 +59,24 @@ class _Cell(DirectCalls, nn.RNNCellBase):
         return results
 
     def _run_checked(self, input: Tensor, hx: Any) -> Any:
-        states: States | None
-        if len(self._names) == 1:
-            states = None if hx is None else (hx,)
-        else:
-            if isinstance(hx, Tensor):
-                raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
-            if hx is not None and len(hx) != 2:
-                raise RuntimeError("lstm_cell expects two hidden states")
-            states = hx
         if input.dim() not in (1, 2):
             raise ValueError(f"{self._kind}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        for name, state in zip(self._names, states or (), strict=False):
+        hx = hx if hx is None or self._states == 2 else (hx,)
+        for n, state in enumerate(() if hx is None else hx):
             if state.dim() not in (1, 2):
+                name = self._state.format(n)
                 raise ValueError(f"{self._kind}: Expected {name} to be 1D or 2D, got {state.dim()}D instead")
         x = input if input.dim() == 2 else input.unsqueeze(0)
-        if states is None:
-            states = (x.new_zeros(x.shape[0], self.hidden_size),) * len(self._names)
+        if hx is None:
+            states = (x.new_zeros(x.shape[0], self.hidden_size, layout=torch.strided),) * self._states
         elif input.dim() == 1:
-            states = tuple(state.unsqueeze(0) for state in states)
+            states = tuple(hx[n].unsqueeze(0) for n in range(self._states))  # hx may be one tensor, then
+        elif isinstance(hx, Tensor):
+            raise TypeError("lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
+        elif len(hx) != self._states:
+            raise RuntimeError("lstm_cell expects two hidden states")
+        else:
+            states = tuple(hx)
         if x.size(1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {self.input_size}")
         for n, state in enumerate(states):
@@ -98,7 +99,8 @@ class LSTMCell(_Cell):
     `state_dict`, repr and errors are those of `torch.nn.LSTMCell`. Equation: `functional.lstm`.
     """
 
-    _names = ("hx[0]", "hx[1]")
+    _states = 2
+    _state = "hx[{}]"
     _kind = "LSTMCell"
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:  # type: ignore[no-untyped-def]

@@ -37,7 +37,8 @@ class DirectCalls:
 
         weights: those of one layer; None for one that is not to be had.
         """
-        if self._direct is None or torch.compiler.is_compiling() or backends.is_recording():
+        # Compiling comes first: a graph that looked at what eager calls leave behind would be compiled again after one.
+        if torch.compiler.is_compiling() or self._direct is None or backends.is_recording():
             return None
         (selected, remembered_mode, dtype), allowed = self._direct
         if not allowed or selected != backends.selected() or remembered_mode != mode:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from rnnattn.autocast import autocast_dtype
+from rnnattn.checks import check_factors, check_states
 from rnnattn.nn.nested import like, padded
 from rnnattn.packing import Packing
 
@@ -30,6 +32,9 @@ def run_packed(
 ) -> tuple[list[PackedSequence], States]:
     """The same for a PackedSequence, in the packed order, so that only the caller's states change places."""
     data, batch_sizes, order, back = packed
+    with_c, weight = len(module._names) == 2, module._flat_weights[0]
+    if with_c and isinstance(weight, Tensor) and autocast_dtype(data) is None:
+        check_factors("lstm", "input", data, "weights[0]", weight)  # torch's LSTM has an error of its own here
     module.check_input(data, batch_sizes)
     if hx is not None and order is not None:
         hx = tuple(hx[n].index_select(1, order) for n in range(len(module._names)))
@@ -37,6 +42,8 @@ def run_packed(
     if hx is None:
         hx = module._zero_states(data, packing.shape[1])
     else:
+        if with_c:
+            check_states("lstm", hx, 2)
         module._check_state_shape(hx, data, batch_sizes)
     sequences, states = module._run_stack(data, hx, False, packing, None, False, return_cells)
     if back is not None:

@@ -189,7 +189,7 @@ class _CellArguments(_Cell):
 
     def __init__(self, cell: _Cell, weights: _PackedWeights) -> None:
         nn.Module.__init__(self)
-        for name in ("_names", "_kind", *cell.__constants__):
+        for name in ("_states", "_state", "_kind", *cell.__constants__):
             setattr(self, name, getattr(cell, name))
         self._weights = weights
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnattn.checks import check_recompute, checked_resets
+from rnnattn.checks import check_recompute, check_states, checked_resets
 from rnnattn.functional import NONLINEARITIES
 from rnnattn.nn.direct import DirectCalls
 from rnnattn.nn.layouts import run_nested, run_packed
@@ -117,6 +117,8 @@ class _Recurrent(DirectCalls, Regularised):
             hx = self._zero_states(x, x.shape[batch_dim])
         else:
             self._check_state_shape(hx, x, None)
+            if len(self._names) == 2:
+                check_states("lstm", hx, 1)
         if not batched:
             resets = checked_resets(resets, input, False)
             resets = None if resets is None else resets.unsqueeze(batch_dim)
@@ -129,8 +131,6 @@ class _Recurrent(DirectCalls, Regularised):
         self, input: Tensor, hx: Any, batch_first: bool, lengths: Lengths | Packing, resets: Tensor | None,
         reset_to_initial: bool, return_cells: bool,
     ) -> tuple[list[Tensor], States]:  # fmt: skip
-        if len(hx) != len(self._names):  # only an LSTM's can differ
-            raise RuntimeError("lstm expects two hidden states")
         h0, c0 = hx if len(hx) == 2 else (hx[0], None)
         output, h_n, c_n, cells = self._stack(
             input, h0, c0, batch_first, lengths, resets, reset_to_initial, return_cells
