@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/SavedTensorHooks.h>
 #include <c10/core/GradMode.h>
 
 namespace rnnattn {
@@ -16,7 +17,8 @@ bool within(c10::DispatchKeySet keys, c10::DispatchKeySet others) { return (keys
 bool plain_thread() {
   constexpr c10::DispatchKeySet usual =
       c10::default_included_set | c10::autocast_dispatch_keyset | c10::DispatchKeySet(DispatchKey::ADInplaceOrView);
-  return within(c10::impl::tls_local_dispatch_key_set().included_, usual) && !at::impl::torch_function_mode_enabled();
+  return within(c10::impl::tls_local_dispatch_key_set().included_, usual) && !at::impl::torch_function_mode_enabled() &&
+         !at::SavedTensorDefaultHooks::get_hooks();
 }
 
 bool is_plain(const at::Tensor& t, at::ScalarType dtype) {

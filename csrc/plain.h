@@ -5,7 +5,8 @@
 
 namespace rnnattn {
 
-// Whether nobody but autograd and autocast takes part in calls on this thread: no mode, no transform, no tracer.
+// Whether nobody but autograd and autocast takes part in calls on this thread: no mode, no transform, no tracer; nor
+// hooks on what is saved for a backward, whose owner may compare it with what the same call saves another time.
 bool plain_thread();
 
 // Whether a tensor is a dense one on the CPU of that dtype that nothing but a backward looks at.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rnnattn.packing import Packing
-from rnnattn.transforms import is_mapped
+from rnnattn.transforms import is_mapped, is_recorded
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -17,7 +17,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def checked_lengths(lengths: Tensor | Sequence[int] | None, B: int, T: int, device: torch.device) -> Tensor | None:
     """int64 lengths [B] on the device, in [0, T].
 
-    Values on the CPU are checked; on another device (or while compiling, or mapped over by torch.func)
+    Values on the CPU are checked; on another device (or while compiling or tracing, or mapped over by torch.func)
     reading them would wait for the device, so they are clamped instead.
 
     Raises:
@@ -34,7 +34,7 @@ def checked_lengths(lengths: Tensor | Sequence[int] | None, B: int, T: int, devi
     if lengths.shape != (B,):
         raise ValueError(f"lengths: expected shape [{B}] (the batch size), got {list(lengths.shape)}")
     lengths = lengths.to(torch.int64).contiguous()
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not is_mapped():
+    if lengths.device.type == "cpu" and not is_recorded() and not is_mapped():
         if B > 0:
             low, high = (int(value) for value in lengths.aminmax())
             if low < 0 or high > T:

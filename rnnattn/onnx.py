@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rnnattn.transforms import own_operators
+
 OPSET = 18  # the first with all operators below in the form that is used here
 # torch's blocks of rows in ONNX's order: i, f, g, o to i, o, f, c; r, z, n to z, r, h.
 NODES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
@@ -56,7 +58,7 @@ def onnx_export(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), own_operators():
             return torch.onnx.export(
                 model, args, path, kwargs=kwargs, dynamic_shapes=dynamic_shapes, dynamo=True,
                 opset_version=options.pop("opset_version", OPSET),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnattn.transforms import is_transformed, want_equations
+from rnnattn.transforms import is_recorded, is_tracing, is_transformed, want_equations
 
 
 class Packing:
@@ -17,12 +17,13 @@ class Packing:
         """batch_sizes: int64 [T] on the CPU, as a PackedSequence has them, of that many rows in all.
 
         Raises:
-            RuntimeError: they are not, or rise somewhere; not while compiling, which is not to depend on them.
+            RuntimeError: they are not, or rise somewhere; not while a graph is recorded, which is for others too.
         """
-        if not torch.compiler.is_compiling():
+        if not is_recorded():
             _check_batch_sizes(batch_sizes, rows)
         self.batch_sizes, self.N = batch_sizes, rows
-        self.shape = len(batch_sizes), int(batch_sizes[0])  # T, B
+        B: Any = batch_sizes[0]
+        self.shape: tuple[int, int] = len(batch_sizes), B if is_tracing() else int(B)  # T, B
         self._indices: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -78,7 +79,7 @@ def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
 def _moved(t: Tensor, taken: Tensor, given: Tensor) -> Tensor:
     """t's rows `taken`; the rows of its gradient are the rows `given` of theirs. Where rows are taken twice that holds
     if all but one of theirs have none, or nobody reads it."""
-    if torch.compiler.is_compiling() or is_transformed() or want_equations(t):
+    if is_recorded() or is_transformed() or want_equations(t):
         return t.index_select(0, taken)
     moved: Tensor = _Rows.apply(t, taken, given)
     return moved

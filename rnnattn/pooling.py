@@ -11,7 +11,7 @@ from rnnattn import autograd, backends
 from rnnattn.autocast import autocast_dtype, lowered
 from rnnattn.backends import Call
 from rnnattn.checks import check_pool, checked_lengths, checked_mask
-from rnnattn.transforms import want_equations, wants_grad
+from rnnattn.transforms import is_traced, want_equations, wants_grad
 
 
 def run_pool(
@@ -50,5 +50,7 @@ def _pool_call(x: Tensor, w: Tensor | None, ragged: bool, grad: bool) -> Call:
     """What `backends.select` needs to know of a pooling call; x is [B, T, D]."""
     B, T, D = x.shape
     A = 0 if w is None else w.shape[0]
-    compiling = torch.compiler.is_compiling()
-    return Call("attention_pool", x.device.type, x.dtype, B, T, D, A, ragged=ragged, grad=grad, compiling=compiling)
+    return Call(
+        "attention_pool", x.device.type, x.dtype, B, T, D, A, ragged=ragged, grad=grad,
+        compiling=torch.compiler.is_compiling(), traced=is_traced(),
+    )  # fmt: skip

@@ -19,7 +19,7 @@ from rnnattn.checks import check_recompute, check_recurrent, checked_resets, che
 from rnnattn.packing import Packing
 from rnnattn.reference import CELLS, STACK, has_projection, zero_invalid
 from rnnattn.regularised import Regularisation, regularised_layer
-from rnnattn.transforms import is_transformed, want_equations, wants_grad
+from rnnattn.transforms import is_recorded, is_traced, is_transformed, want_equations, wants_grad
 
 
 def run_stack(
@@ -59,7 +59,7 @@ def run_stack(
     check_recurrent(op_name(mode), CELLS[mode].blocks, x, B, h0, c0, weights, has_biases, num_layers, K)
     resets = checked_resets(resets, input, batch_first)
     ragged, has_resets, regularised = lengths is not None, resets is not None, regularisation is not None
-    in_chunks = check_recompute(recompute, resets is not None and reset_to_initial, return_cells)
+    in_chunks = check_recompute(recompute, resets is not None and reset_to_initial, return_cells) and not is_recorded()
     backend, as_one, looked_on = "reference", False, want_equations(x, h0, c0, *weights)
     if not looked_on:
         call = _call(
@@ -83,7 +83,7 @@ def run_stack(
     else:
         y, h_n, c_n, cells = _layers(
             mode, x, h0, c0, weights, has_biases, num_layers, dropout, training, K, lengths, resets, reset_to_initial,
-            backend, as_one, in_chunks and not (looked_on or torch.compiler.is_compiling() or is_transformed()),
+            backend, as_one, in_chunks and not (looked_on or is_transformed()),
             return_cells, regularisation, padded_for,
         )  # fmt: skip
     if cells is not None:
@@ -210,5 +210,5 @@ def _call(
     return Call(
         op_name(mode), x.device.type, x.dtype, B, T, I, H, num_layers, K, R if projected else 0, ragged,
         wants_grad(x, h0, c0, *weights), torch.compiler.is_compiling(), resets, in_chunks, cells,
-        dropout, regularised,
+        dropout, regularised, is_traced(),
     )  # fmt: skip

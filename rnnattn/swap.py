@@ -7,15 +7,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from rnnattn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from rnnattn.nn.regularised import Regularised
+from rnnattn.nn.graphs import Swapped, twin
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LSTM: LSTM,
-    nn.GRU: GRU,
-    nn.RNN: RNN,
-    nn.LSTMCell: LSTMCell,
-    nn.GRUCell: GRUCell,
-    nn.RNNCell: RNNCell,
+    ours._torchs: ours for ours in (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)
 }
 KEPT = "has no counterpart in rnnattn"
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -71,10 +66,10 @@ def _replace(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) ->
     replaced: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         kind = type(module)
-        if kind in table and isinstance(module, Regularised) and set(module._regularising()) - {"forget_bias"}:
-            report.left[name] = f"torch's {kind.__name__} knows no {', '.join(module._regularising())}"
+        if kind in table and isinstance(module, Swapped) and module._beyond_torch():
+            report.left[name] = f"torch's {kind.__name__} knows no {', '.join(module._beyond_torch())}"
         elif kind in table:
-            new = replaced.setdefault(module, _twin(module, table[kind]))
+            new = replaced.setdefault(module, twin(module, table[kind]))
             if name:
                 parent, _, attribute = name.rpartition(".")
                 # Straight into the table of children: a container's own __setattr__ is not ours to run.
@@ -85,17 +80,6 @@ def _replace(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) ->
         elif isinstance(module, _RECURRENT) and kind not in table.values():
             report.left[name] = _why_left(kind, table)
     return report
-
-
-def _twin(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """A module of another class over the same state: one set of parameters, hooks and settings."""
-    new = kind.__new__(kind)
-    new.__dict__.update(
-        (name, value)
-        for name, value in vars(module).items()
-        if hasattr(kind, name) or not hasattr(type(module), name)  # or it is a setting of that class alone
-    )
-    return new
 
 
 def _why_left(kind: type[nn.Module], table: dict[type[nn.Module], type[nn.Module]]) -> str:

@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
+_keeps_own: ContextVar[bool] = ContextVar("_keeps_own", default=False)
+
 
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd does: one of the tensors is to have a gradient."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace does."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def is_recorded() -> bool:
+    """Whether a graph is being recorded that other calls are to go through."""
+    return torch.compiler.is_compiling() or is_tracing()
+
+
+def is_traced() -> bool:
+    """Whether the graph that is being recorded is to run elsewhere, of torch's own operators where these can do it: by
+    torch.jit.trace or, but for `onnx_export` itself, by torch.onnx.export."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    if torch.compiler.is_exporting():
+        return bool(torch.onnx.is_in_onnx_export()) and not _keeps_own.get()
+    return is_tracing()
+
+
+@contextlib.contextmanager
+def own_operators() -> Iterator[None]:
+    """Exports in this block record our operators."""
+    token = _keeps_own.set(True)
+    try:
+        yield
+    finally:
+        _keeps_own.reset(token)
 
 
 def is_transformed() -> bool:

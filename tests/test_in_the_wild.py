@@ -192,6 +192,15 @@ def test_wrappers(name: str, call: Callable[[Any, Tensor], Any]) -> None:
 
 
 @each
+def test_checkpoint_of_a_module_that_was_never_called(name: str) -> None:
+    """What a backward computes again has to be what the first call kept, though later ones may go another way."""
+    theirs, ours = pair_of(name)
+    x = inputs(theirs)
+    want, got = (train(m, x, lambda t, m=m: checkpoint(m, t, use_reentrant=False)) for m in (theirs, ours))
+    close(got, want)
+
+
+@each
 def test_hooks(name: str) -> None:
     """They see what torch.nn's see, and change results and gradients as they do there."""
     seen: list[list[Any]] = [[], []]

@@ -151,6 +151,20 @@ def test_a_classifier(tmp_path: Path) -> None:
     agree(session, model.eval(), torch.randn(2, 6, I))
 
 
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "SequenceClassifier"])
+def test_torch_onnx_export_itself(kind: str, dynamo: bool, tmp_path: Path) -> None:
+    """It knows no operators of ours: it is given torch's, and exports what it can of these."""
+    model = rnnattn.SequenceClassifier(3, H, I) if kind == "SequenceClassifier" else getattr(rnnattn, kind)(I, H)
+    x = torch.randn(*((3,) if kind.endswith("Cell") else (3, 6)), I)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model.eval(), (x,), path, dynamo=dynamo, verbose=False)
+    graph = onnx.load(path)
+    onnx.checker.check_model(graph, full_check=True)
+    assert nodes(graph)
+    agree(onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]), model, x)
+
+
 def test_what_onnx_has_not_is_named(tmp_path: Path) -> None:
     def causes(model: nn.Module, *args: Any) -> str:
         with pytest.raises(torch.onnx.OnnxExporterError) as caught:

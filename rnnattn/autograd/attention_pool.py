@@ -15,7 +15,7 @@ from rnnattn.autograd.batched import map_one_by_one, one_by_one
 from rnnattn.autograd.eager import is_eager
 from rnnattn.autograd.equations import first_gradients, second_gradients
 from rnnattn.reference import accumulation_dtype, attention_pool_forward
-from rnnattn.transforms import is_transformed, want_equations
+from rnnattn.transforms import is_tracing, is_transformed, want_equations
 
 torch.library.define(
     "rnnattn::attention_pool",
@@ -153,7 +153,7 @@ def attention_pool(
         return pooled.to(x.dtype), weights if need_weights else None
     arguments = (x, v, w, b, lengths, mask, need_weights, backend)
     differentiable = any(p is not None and p.requires_grad for p in (x, v, w, b))
-    if torch.is_grad_enabled() and (is_transformed() or differentiable):
+    if torch.is_grad_enabled() and (is_transformed() or differentiable) and not is_tracing():
         pooled, weights, _ = AttentionPooling.apply(*arguments)
     else:
         run = _forward if is_eager(x) else torch.ops.rnnattn.attention_pool

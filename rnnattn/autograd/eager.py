@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnnattn.transforms import is_transformed
+from rnnattn.transforms import is_recorded, is_transformed
 
 _VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")  # of torch.autograd.grad(is_grads_batched=True)
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether a call just computes: x has data, and no compiler, tracing mode, torch.func transform or map looks on.
+    """Whether a call just computes: x has data, and no compiler, tracer, mode, torch.func transform or map looks on.
 
     Then the implementation is called as a function. The dispatcher's way to an operator in Python takes 30 us,
     as long as a small call itself.
     """
     return (
-        not torch.compiler.is_compiling()
+        not is_recorded()
         and type(x) in (Tensor, torch.nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
         and not is_transformed()

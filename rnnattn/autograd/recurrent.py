@@ -29,7 +29,7 @@ from rnnattn.reference import (
     split_weights,
     zero_invalid,
 )
-from rnnattn.transforms import is_transformed, want_equations
+from rnnattn.transforms import is_recorded, is_tracing, is_transformed, want_equations
 
 torch.library.define(
     "rnnattn::recurrent_layer",
@@ -309,7 +309,7 @@ def recurrent_layer(
         y, h_n, c_n, _, cells = recurrent_layer_forward(
             x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode
         )
-    elif wants and not torch.compiler.is_compiling():  # which goes wrong with Functions inside of torch.func
+    elif wants and not is_recorded():  # torch.compile goes wrong with Functions inside of torch.func
         y, h_n, c_n, _, cells = RecurrentLayer.apply(
             x, h0, c0, lengths, resets, reset_to_initial, has_biases, direction, mode, backend, *weights
         )
@@ -319,7 +319,7 @@ def recurrent_layer(
             x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, with_cells
         )
     else:
-        save = wants or with_cells
+        save = wants or with_cells or is_tracing()  # a trace is for both, whatever is wanted now
         y, h_n, c_n, _, cells = torch.ops.rnnattn.recurrent_layer(
             x, h0, c0, weights, lengths, resets, reset_to_initial, has_biases, direction, mode, save, backend
         )

@@ -17,7 +17,7 @@ from rnnattn.autograd.batched import map_one_by_one, one_by_one
 from rnnattn.autograd.eager import is_eager
 from rnnattn.autograd.equations import first_gradients, second_gradients
 from rnnattn.reference import CELLS, regularised_scan_forward
-from rnnattn.transforms import is_transformed, want_equations
+from rnnattn.transforms import is_recorded, is_tracing, is_transformed, want_equations
 
 _INPUTS = (
     "Tensor a, Tensor h0, Tensor? c0, Tensor w_hh, Tensor? b_hh, Tensor? norm_hh, Tensor? norm_c, Tensor? bias_c, "
@@ -188,10 +188,10 @@ def regularised_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None, Te
     wants = torch.is_grad_enabled() and (is_transformed() or any(t is not None and t.requires_grad for t in leaves))
     if want_equations(*leaves):
         outputs = regularised_scan_forward(*inputs)
-    elif wants and not torch.compiler.is_compiling():
+    elif wants and not is_recorded():
         outputs = RegularisedScan.apply(*inputs, backend)
     else:
         run = _forward if not wants and is_eager(leaves[0]) else torch.ops.rnnattn.regularised_scan
-        outputs = run(*inputs, wants, backend)
+        outputs = run(*inputs, wants or is_tracing(), backend)  # a trace is for both, whatever is wanted now
     y, h_n, c_n, cells, *_ = outputs
     return (y, h_n, c_n, cells) if CELLS[mode].has_c else (y, h_n, None, None)

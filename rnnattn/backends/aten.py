@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from rnnattn.backends.base import Backend, Call
 from rnnattn.reference import valid_steps
 from rnnattn.reference.attention_pool import kept_steps
+from rnnattn.transforms import is_tracing
 
 
 class Torch(Backend):
@@ -21,7 +22,7 @@ class Torch(Backend):
     reads_packed = True
 
     def unsupported(self, call: Call) -> str | None:
-        if call.recurrent and call.compiling:
+        if call.recurrent and call.compiling and not call.traced:
             return f"torch.compile unrolls torch's own {call.op.upper()} over time"
         if call.resets:
             return f"torch's own {call.op.upper()} takes no resets"
@@ -31,7 +32,7 @@ class Torch(Backend):
             return f"torch's own {call.op.upper()} keeps what it computed of all steps"
         if call.cells:
             return f"torch's own {call.op.upper()} gives the cell state of the last step alone"
-        if call.recurrent and call.ragged and call.device == "meta":
+        if call.recurrent and call.ragged and (call.compiling or call.device == "meta"):
             return "torch packs by the values of lengths"
         if call.recurrent and call.B == 0:
             return f"torch's own {call.op.upper()} refuses an empty batch in some builds"
@@ -62,8 +63,9 @@ class Torch(Backend):
         batch_sizes: of packed rows in the place of x, and of y.
         """
         run = getattr(torch._VF, mode.lower())
-        # cuDNN's backward wants training mode; without dropout the two modes compute the same.
-        training = training or (dropout == 0 and torch.is_grad_enabled())
+        # cuDNN's backward wants training mode; without dropout the two modes compute the same. A graph is traced with
+        # gradients, and checked without.
+        training = training or (dropout == 0 and torch.is_grad_enabled() and not is_tracing())
         settings = (has_biases, num_layers, dropout, training, bidirectional)
         if batch_sizes is not None:
             y, h_n, *rest = run(x, batch_sizes, h0 if c0 is None else (h0, c0), weights, *settings)

@@ -39,6 +39,7 @@ class Call:
     cells: bool = False  # c_t of every step is wanted
     dropout: bool = False  # between layers
     regularised: bool = False  # by zoneout, locked dropout, dropped weights or layer norm
+    traced: bool = False  # into a graph that is to run elsewhere
 
     @property
     def recurrent(self) -> bool:

@@ -20,6 +20,11 @@ SMALL_POOL = 2**20  # elements of x below which a call's own cost decides
 
 def order(call: Call) -> list[tuple[str, str]]:
     """(backend, reason) pairs, the best first."""
+    own = _order_of_kernels(call)
+    return [("torch", "a traced graph runs anywhere with torch's own operators"), *own] if call.traced else own
+
+
+def _order_of_kernels(call: Call) -> list[tuple[str, str]]:
     last = ("reference", "no kernel can run this call")
     if call.device != "cpu":
         ranked = [("triton", "the kernels for a GPU"), ("cuda", "CUDA kernels, where Triton is missing"), last]

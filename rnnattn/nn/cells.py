@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rnnattn import functional
 from rnnattn.nn.direct import DirectCalls
+from rnnattn.nn.graphs import Swapped, as_node, is_symbolic
 
 if TYPE_CHECKING:
     from rnnattn.nn.prepared import PreparedCell
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 States = tuple[Tensor, ...]  # h, or h and c
 
 
-class _Cell(DirectCalls, nn.RNNCellBase):
+class _Cell(DirectCalls, Swapped, nn.RNNCellBase):
     """What the cells share. Messages are torch's (torch/nn/modules/rnn.py; aten/src/ATen/native/RNN.cpp,
     check_rnn_cell_forward_*)."""
 
@@ -53,9 +54,12 @@ class _Cell(DirectCalls, nn.RNNCellBase):
         mode, own = self._mode, self._parameters  # among which a parametrized weight is not
         weights = [own.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]]
         results = self._call_directly(mode, input, hx, weights, self.bias, False, False, True)
-        if results is None:
-            results = self._run_checked(input, hx)
-            self._remember(mode, input, self.hidden_size)
+        if results is not None:
+            return results
+        if is_symbolic(input):
+            return as_node(self, input, hx)
+        results = self._run_checked(input, hx)
+        self._remember(mode, input, self.hidden_size)
         return results
 
     def _run_checked(self, input: Tensor, hx: Any) -> Any:
@@ -102,6 +106,7 @@ class LSTMCell(_Cell):
     _states = 2
     _state = "hx[{}]"
     _kind = "LSTMCell"
+    _torchs = nn.LSTMCell
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:  # type: ignore[no-untyped-def]
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
@@ -135,6 +140,7 @@ class GRUCell(_Cell):
     """
 
     _kind = "GRUCell"
+    _torchs = nn.GRUCell
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:  # type: ignore[no-untyped-def]
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
@@ -169,6 +175,7 @@ class RNNCell(_Cell):
 
     __constants__ = (*_Cell.__constants__, "nonlinearity")  # type: ignore[assignment]
     _kind = "RNNCell"
+    _torchs = nn.RNNCell
 
     def __init__(  # type: ignore[no-untyped-def]
         self,

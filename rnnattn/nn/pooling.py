@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from rnnattn import functional
+from rnnattn.nn.graphs import as_node, is_symbolic
 from rnnattn.nn.nested import like, padded
 
 
@@ -99,6 +100,9 @@ class AttentionPool(nn.Module):
         Raises:
             RuntimeError, ValueError, TypeError: an argument of the wrong shape, dtype or range.
         """
+        if is_symbolic(input):
+            node: Tensor = as_node(self, input, lengths=lengths, mask=mask, return_weights=return_weights)
+            return node
         if isinstance(input, PackedSequence):
             if lengths is not None or mask is not None:
                 raise ValueError("AttentionPool: expected no lengths or mask with a PackedSequence")

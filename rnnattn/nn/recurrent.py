@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnattn.checks import check_recompute, check_states, checked_resets
 from rnnattn.functional import NONLINEARITIES
 from rnnattn.nn.direct import DirectCalls
+from rnnattn.nn.graphs import as_node, is_symbolic
 from rnnattn.nn.layouts import run_nested, run_packed
 from rnnattn.nn.regularised import Regularised
 from rnnattn.packing import Packing
@@ -75,6 +76,11 @@ class _Recurrent(DirectCalls, Regularised):
             )
             if results is not None:
                 return results
+        if is_symbolic(input):
+            return as_node(
+                self, input, hx, lengths=lengths, resets=resets, reset_to_initial=reset_to_initial,
+                return_cells=return_cells,
+            )  # fmt: skip
         with_c = len(self._names) == 2
         hx = hx if with_c or hx is None else (hx,)
         (output, *cells), states = self._run_checked(input, hx, lengths, resets, reset_to_initial, return_cells)
@@ -184,6 +190,7 @@ class LSTM(_Recurrent):
 
     _names = ("hx", "cx")
     _kind = "LSTM"
+    _torchs = nn.LSTM
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -273,6 +280,7 @@ class GRU(_WithoutCellState):
     """
 
     _kind = "GRU"
+    _torchs = nn.GRU
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("GRU", *args, **kwargs)
@@ -291,6 +299,7 @@ class RNN(_WithoutCellState):
     """
 
     _kind = "RNN"
+    _torchs = nn.RNN
     _suffix = " tensor"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rnnattn.nn.graphs import Swapped
 from rnnattn.regularised import Norms, Regularisation
 
 DROPOUTS = ("input_dropout", "recurrent_dropout", "weight_dropout")
 
 
-class Regularised(nn.RNNBase):
+class Regularised(Swapped, nn.RNNBase):
     """Base of the modules that may be regularised so. The settings are attributes, which may be set later too,
     but layer_norm and forget_bias."""
 
@@ -79,6 +80,10 @@ class Regularised(nn.RNNBase):
         """The names of the arguments that are not at their defaults."""
         names = ("zoneout", *DROPOUTS, "layer_norm", "forget_bias")
         return [name for name in names if getattr(self, name) not in (vars(Regularised)[name], (0.0, 0.0))]
+
+    def _beyond_torch(self) -> list[str]:
+        names = self._regularising()
+        return [] if names == ["forget_bias"] else names
 
     def _suffixes(self) -> list[str]:
         """Of the parameters' names, for each direction of each layer."""

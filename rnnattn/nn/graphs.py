@@ -1,0 +1,62 @@
+"""The modules in graphs that torch makes of models: as nodes of torch.fx, as torch.nn's own in torch.jit.script."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Swapped(nn.Module):
+    """Base of the modules that have a counterpart in torch.nn."""
+
+    _torchs: type[nn.Module]
+
+    def _beyond_torch(self) -> list[str]:
+        """The names of the settings that the counterpart cannot follow."""
+        return []
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles for this module.
+
+        Raises:
+            NotImplementedError: torch.nn's module would compute something else.
+        """
+        ours, theirs = type(self).__name__, f"torch.nn.{self._torchs.__name__}"
+        if self._beyond_torch():
+            raise NotImplementedError(
+                f"torch.jit.script: expected a module that {theirs} can stand for, got one with "
+                f"{', '.join(self._beyond_torch())}; torch.jit.trace and torch.export take it"
+            )
+        warnings.warn(
+            f"rnnattn: torch.jit.script compiles {theirs} in the place of rnnattn.{ours}, and leaves it in the model "
+            "that it was given; rnnattn.swap puts ours back there",
+            stacklevel=2,
+        )
+        return twin(self, self._torchs)
+
+
+def twin(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """A module of another class over the same state: one set of parameters, hooks and settings."""
+    new = kind.__new__(kind)
+    new.__dict__.update(
+        (name, value)
+        for name, value in vars(module).items()
+        if hasattr(kind, name) or not hasattr(type(module), name)  # or it is a setting of that class alone
+    )
+    return new
+
+
+def is_symbolic(input: Any) -> bool:
+    """Whether torch.fx is recording the call that input is given to."""
+    return isinstance(input, torch.fx.Proxy)
+
+
+def as_node(module: nn.Module, *arguments: Any, **settings: Any) -> Any:
+    """The result of such a call, a node as of torch.nn's modules; settings that are None or False are left out."""
+    arguments = arguments if arguments[-1] is not None else arguments[:-1]
+    given = {name: value for name, value in settings.items() if value is not None and value is not False}
+    tracer = arguments[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, given)
