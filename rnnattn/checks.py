@@ -153,8 +153,8 @@ def check_recurrent(
         )
     check_factors(op, "input", x, "weights[0]", weights[0])
     check_factors(op, "h0", h0, "weights[1]", weights[1])
-    if not x.dtype.is_floating_point:
-        raise RuntimeError(f"{op}: expected a floating input, got {x.dtype}")
+    if not (x.dtype.is_floating_point or x.dtype.is_complex):
+        raise RuntimeError(f"{op}: expected a floating or complex input, got {x.dtype}")
     H = weights[0].shape[0] // G
     R = H if c0 is None else weights[1].shape[1]
     for name, state, features in (("h0", h0, R), ("c0", c0, H)):

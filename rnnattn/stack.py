@@ -111,7 +111,7 @@ def run_step(
     biases = [torch.zeros_like(given[0]) if b is None else b for b in (b_ih, b_hh)] if given else []
     x, c0 = x.to_dense() if x.is_sparse else x, None if c is None else c[None]  # a product takes sparse rows
     _, h_n, c_n, _ = run_stack(mode, x[None], h[None], c0, [w_ih, w_hh, *biases], has_biases=len(biases) > 0)
-    return h_n[0], None if c_n is None else c_n[0]
+    return h_n[0].clone(), None if c_n is None else c_n[0].clone()  # no views, which cannot be detached in place
 
 
 def _layers(

@@ -102,6 +102,19 @@ def test_states_in_one_tensor_of_an_unbatched_cell() -> None:
 
 
 @cells
+def test_states_can_be_detached_in_place(name: str) -> None:
+    """As truncated backpropagation through time does; in the first call and in later ones."""
+    _, ours = twins(name)
+    x, hx = torch.randn(3, I, dtype=F64), None
+    for _ in range(3):
+        states = each(ours(x, hx))
+        assert all(state.requires_grad for state in states)
+        for state in states:
+            state.detach_()
+        hx = tuple(states) if name == "lstm" else states[0]
+
+
+@cells
 def test_sparse_input(name: str) -> None:
     theirs, ours = twins(name)
     x = torch.eye(I, dtype=F64)[:3].to_sparse()

@@ -191,6 +191,10 @@ class LSTM(_Recurrent):
     _names = ("hx", "cx")
     _kind = "LSTM"
     _torchs = nn.LSTM
+    # nn.RNNBase's are of one state.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
