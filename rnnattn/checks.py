@@ -119,7 +119,9 @@ def check_states(op: str, hx: Any, argument: int) -> None:
         raise TypeError(
             f"{op}(): argument 'hx' (position {argument + 1}) must be tuple of Tensors, not {type(hx).__name__}"
         )
-    _check_tensors(hx, argument)
+    for n, state in enumerate(hx):
+        if not isinstance(state, Tensor):
+            raise TypeError(_no_tensor(n, argument, state))
     if len(hx) != 2:
         raise RuntimeError(f"{op} expects two hidden states")
 
@@ -141,7 +143,9 @@ def check_recurrent(
 
     x is [T, B, I] or packed, G the blocks of H rows in the cell's weights; a cell with c0 may have a projection.
     """
-    _check_tensors(weights, 2 if x.dim() == 3 else 3)  # packed rows have their batch sizes before them
+    for n, w in enumerate(weights):
+        if w is None:
+            raise TypeError(_no_tensor(n, 2 if x.dim() == 3 else 3, w))  # packed: batch sizes come first
     if x.layout != torch.strided:
         raise RuntimeError(f"{op}: expected a dense input, got {x.layout}")
     plain = 4 if has_biases else 2
@@ -151,8 +155,10 @@ def check_recurrent(
         raise RuntimeError(
             f"{op}: expected {number} weights for each of {num_layers} layers and {K} directions, got {len(weights)}"
         )
-    check_factors(op, "input", x, "weights[0]", weights[0])
-    check_factors(op, "h0", h0, "weights[1]", weights[1])
+    if x.dtype != weights[0].dtype:
+        raise RuntimeError(factors(op, "input", x, "weights[0]", weights[0]))
+    if h0.dtype != weights[1].dtype:
+        raise RuntimeError(factors(op, "h0", h0, "weights[1]", weights[1]))
     if not (x.dtype.is_floating_point or x.dtype.is_complex):
         raise RuntimeError(f"{op}: expected a floating or complex input, got {x.dtype}")
     H = weights[0].shape[0] // G
@@ -176,14 +182,13 @@ def check_recurrent(
                 _check_parameter(op, f"weights[{n}]", w, shape, x)
 
 
-def check_factors(op: str, name: str, x: Tensor, weight_name: str, weight: Tensor) -> None:
-    """Raises RuntimeError, in torch's words and in ours, where x cannot be multiplied with the weight."""
-    if x.dtype != weight.dtype:
-        got, expected = (t.type().split(".")[-1].removesuffix("Tensor") for t in (x, weight))
-        raise RuntimeError(
-            f"mat1 and mat2 must have the same dtype, but got {got} and {expected}: {op}: {name}: expected "
-            f"{weight.dtype} as {weight_name} has, got {x.dtype}"
-        )
+def factors(op: str, name: str, x: Tensor, weight_name: str, weight: Tensor) -> str:
+    """Of two dtypes, which cannot be multiplied: torch's words, and ours."""
+    got, expected = (t.type().split(".")[-1].removesuffix("Tensor") for t in (x, weight))
+    return (
+        f"mat1 and mat2 must have the same dtype, but got {got} and {expected}: {op}: {name}: expected {weight.dtype} "
+        f"as {weight_name} has, got {x.dtype}"
+    )
 
 
 def check_pool(x: Tensor, v: Tensor, w: Tensor | None, b: Tensor | None) -> None:
@@ -218,11 +223,9 @@ def _check_parameter(op: str, name: str, p: Tensor, shape: tuple[int, ...], x: T
         raise RuntimeError(f"{op}: {name}: expected device {x.device} as the input has, got {p.device}")
 
 
-def _check_tensors(tensors: Sequence[Any], argument: int) -> None:
-    """Raises TypeError, in torch's words, where one is none."""
-    for n, t in enumerate(tensors):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"expected Tensor as element {n} in argument {argument}, but got {type(t).__name__}")
+def _no_tensor(n: int, argument: int, got: Any) -> str:
+    """torch's words."""
+    return f"expected Tensor as element {n} in argument {argument}, but got {type(got).__name__}"
 
 
 def _devices(kind: str, x: Tensor, other: Tensor) -> str:

@@ -27,17 +27,17 @@ def is_tracing() -> bool:
 
 def is_recorded() -> bool:
     """Whether a graph is being recorded that other calls are to go through."""
-    return torch.compiler.is_compiling() or is_tracing()
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def is_traced() -> bool:
     """Whether the graph that is being recorded is to run elsewhere, of torch's own operators where these can do it: by
     torch.jit.trace or, but for `onnx_export` itself, by torch.onnx.export."""
-    if torch.compiler.is_dynamo_compiling():
+    if not torch.compiler.is_compiling():
+        return torch._C._is_tracing()
+    if torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting():
         return False
-    if torch.compiler.is_exporting():
-        return bool(torch.onnx.is_in_onnx_export()) and not _keeps_own.get()
-    return is_tracing()
+    return bool(torch.onnx.is_in_onnx_export()) and not _keeps_own.get()
 
 
 @contextlib.contextmanager

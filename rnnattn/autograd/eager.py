@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnnattn.transforms import is_recorded, is_transformed
+from rnnattn.transforms import is_transformed
 
 _VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")  # of torch.autograd.grad(is_grads_batched=True)
 
@@ -17,7 +17,8 @@ def is_eager(x: Tensor) -> bool:
     as long as a small call itself.
     """
     return (
-        not is_recorded()
+        not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and type(x) in (Tensor, torch.nn.Parameter)
         and torch._C._len_torch_dispatch_stack() == 0
         and not is_transformed()

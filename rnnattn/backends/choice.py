@@ -7,6 +7,7 @@ docs/performance.md has the figures.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -20,11 +21,9 @@ SMALL_POOL = 2**20  # elements of x below which a call's own cost decides
 
 def order(call: Call) -> list[tuple[str, str]]:
     """(backend, reason) pairs, the best first."""
-    own = _order_of_kernels(call)
-    return [("torch", "a traced graph runs anywhere with torch's own operators"), *own] if call.traced else own
-
-
-def _order_of_kernels(call: Call) -> list[tuple[str, str]]:
+    if call.traced:
+        why = "a traced graph runs anywhere with torch's own operators"
+        return [("torch", why), *order(replace(call, traced=False))]
     last = ("reference", "no kernel can run this call")
     if call.device != "cpu":
         ranked = [("triton", "the kernels for a GPU"), ("cuda", "CUDA kernels, where Triton is missing"), last]

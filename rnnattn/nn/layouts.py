@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnattn.autocast import autocast_dtype
-from rnnattn.checks import check_factors, check_states
+from rnnattn.checks import check_states, factors
 from rnnattn.nn.nested import like, padded
 from rnnattn.packing import Packing
 
@@ -33,8 +33,8 @@ def run_packed(
     """The same for a PackedSequence, in the packed order, so that only the caller's states change places."""
     data, batch_sizes, order, back = packed
     with_c, weight = len(module._names) == 2, module._flat_weights[0]
-    if with_c and isinstance(weight, Tensor) and autocast_dtype(data) is None:
-        check_factors("lstm", "input", data, "weights[0]", weight)  # torch's LSTM has an error of its own here
+    if with_c and isinstance(weight, Tensor) and weight.dtype != data.dtype and autocast_dtype(data) is None:
+        raise RuntimeError(factors("lstm", "input", data, "weights[0]", weight))  # torch's LSTM has its own error here
     module.check_input(data, batch_sizes)
     if hx is not None and order is not None:
         hx = tuple(hx[n].index_select(1, order) for n in range(len(module._names)))
