@@ -22,7 +22,7 @@ class Torch(Backend):
     reads_packed = True
 
     def unsupported(self, call: Call) -> str | None:
-        if call.recurrent and call.compiling and not call.traced and not call.dtype.is_complex:
+        if call.recurrent and call.compiling and not call.traced:
             return f"torch.compile unrolls torch's own {call.op.upper()} over time"
         if call.resets:
             return f"torch's own {call.op.upper()} takes no resets"
