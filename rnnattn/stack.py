@@ -70,7 +70,7 @@ def run_stack(
         # Layers below all that are trained are left out of a backward of their own.
         frozen = call.grad and not wants_grad(x, h0, c0, *weights[: len(weights) // num_layers])
         as_one = not frozen and backends.get(backend).stacks(call)
-    padded_for = packing if regularised or in_chunks or not backends.get(backend).reads_packed else None
+    padded_for = packing if regularised or not backends.get(backend).reads_packed else None
     if padded_for is not None:
         x, packing = padded_for.padded(x), None
         lengths = None if lengths is None else lengths.to(x.device, non_blocking=True)

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from rnnattn.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from rnnattn.nn.graphs import Swapped, twin
+from rnnattn.nn.graphs import Swapped, become, twin
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     ours._torchs: ours for ours in (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)
 }
 KEPT = "has no counterpart in rnnattn"
+# Modules of other packages whose code takes a child of theirs for another kind where it is no instance of torch.nn's.
+ASKS_FOR_TORCHS = tuple(f"torchrl.modules.tensordict_module.rnn.{name}" for name in ("LSTMModule", "GRUModule"))
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -39,12 +41,13 @@ class SwapReport:
 def swap(model: nn.Module) -> SwapReport:
     """Replaces torch.nn's recurrent modules in a model by rnnattn's, in place.
 
-    Parameters, buffers, hooks, device, dtype and the training flag are the same objects before
-    and after. Subclasses and parametrised modules are left alone, as their behaviour may differ.
+    The modules are the same objects before and after, of another class: parameters, hooks and settings stay, and
+    whoever else holds one of them holds ours then. Subclasses, parametrised modules and those whose forward was
+    replaced are left alone, as their behaviour may differ.
 
     Args:
-        model: any module. Where it is itself a recurrent layer it cannot be replaced in place: use
-            the report's `model`.
+        model: any module. Where it is itself a recurrent layer it is left as it is: use the report's `model`, another
+            module over the same parameters.
 
     Returns:
         SwapReport: the model, what was swapped, and what was left and why.
@@ -63,23 +66,32 @@ def _replace(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) ->
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     report = SwapReport(model)
-    replaced: dict[nn.Module, nn.Module] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        kind = type(module)
+    found = [(name, module, type(module)) for name, module in model.named_modules(remove_duplicate=False)]
+    for name, module, kind in found:
         if kind in table and isinstance(module, Swapped) and module._beyond_torch():
             report.left[name] = f"torch's {kind.__name__} knows no {', '.join(module._beyond_torch())}"
+        elif kind in table and (reason := _why_kept(model, name, module)):
+            report.left[name] = reason
         elif kind in table:
-            new = replaced.setdefault(module, twin(module, table[kind]))
             if name:
-                parent, _, attribute = name.rpartition(".")
-                # Straight into the table of children: a container's own __setattr__ is not ours to run.
-                model.get_submodule(parent)._modules[attribute] = new
+                become(module, table[kind])
             else:
-                report.model = new
+                report.model = twin(module, table[kind])
             report.swapped.append(name)
         elif isinstance(module, _RECURRENT) and kind not in table.values():
             report.left[name] = _why_left(kind, table)
     return report
+
+
+def _why_kept(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """What in the module or around it is for its present class alone."""
+    if "forward" in vars(module):
+        return "its forward was replaced, by a hook of another package or by hand"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    for kind in type(parent).__mro__:
+        if f"{kind.__module__}.{kind.__qualname__}" in ASKS_FOR_TORCHS:
+            return f"{kind.__name__} of {kind.__module__.split('.')[0]} asks for torch.nn's class"
+    return None
 
 
 def _why_left(kind: type[nn.Module], table: dict[type[nn.Module], type[nn.Module]]) -> str:

@@ -19,9 +19,11 @@ from cases import F64
 from recurrent_cases import RecurrentCase, each_mode
 from tolerances import close
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnattn
 from rnnattn.autograd.chunks import _spans
+from rnnattn.packing import Packing
 
 CASES = {
     "plain": RecurrentCase(3, 11, 4, 5, "chunks of 3 steps, the last of 2"),
@@ -35,6 +37,10 @@ CASES = {
                                 states=True, direction="bidirectional"),
     "T=1": RecurrentCase(2, 1, 4, 5, "one chunk", states=True),
     "batch first": RecurrentCase(3, 7, 4, 5, "batch first", layout="batch_first", states=True),
+    "packed": RecurrentCase(5, 10, 4, 5, "packed, rows that end in every chunk", layout="packed",
+                            lengths=(10, 9, 6, 3, 1), states=True, direction="bidirectional"),
+    "packed, only c_n": RecurrentCase(4, 7, 4, 5, "packed, only final states have cotangents", layout="packed",
+                                      lengths=(7, 7, 5, 1), cotangents=("h_n", "c_n"), states=True),
     "only h_n": RecurrentCase(3, 10, 4, 5, "only h_n has a cotangent", cotangents=("h_n",), states=True),
 }  # fmt: skip
 
@@ -51,6 +57,14 @@ def test_a_projection() -> None:
     case = replace(CASES["ragged"], R=3)
     t = case.tensors(F64)
     close(replace(case, recompute="chunk").run(t, "reference"), case.run(t, "reference"))
+
+
+def test_packed_rows_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Packing, "padded")
+    layer = rnnattn.GRU(4, 5, 2, bidirectional=True, dropout=0.5, recompute="chunk")
+    packed = pack_padded_sequence(torch.randn(9, 3, 4), [4, 9, 2], enforce_sorted=False)
+    with rnnattn.use_backend("cpp"):
+        layer(packed)[0].data.sum().backward()
 
 
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 10_000])

@@ -133,6 +133,69 @@ def test_other_modules_are_left_with_a_reason() -> None:
     assert "left base: RNNBase has no counterpart" in str(report)
 
 
+class Aliased(nn.Module):
+    """Holds its layer a second time where named_modules does not look."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(3, 4, 2, dropout=0.5)
+        self.used, self.call = [self.layer], self.layer.__call__
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used[0](x)[0] + self.call(x)[0]
+
+
+def test_whoever_else_holds_a_module_holds_ours() -> None:
+    model, x = Aliased(), torch.randn(5, 2, 3)
+    want = model.eval()(x)
+    model.train()
+    rnnattn.swap(model)
+    assert model.used[0] is model.layer and type(model.layer) is rnnattn.LSTM
+    model.eval()
+    assert len(rnnattn.explain(model, x)) == 2
+    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-6)
+    rnnattn.unswap(model)
+    assert torch.equal(model(x), want)
+
+
+def test_a_module_that_was_compiled_in_place() -> None:
+    model, x = nn.Sequential(nn.LSTM(3, 4)), torch.randn(5, 2, 3)
+    model[0].compile(backend="aot_eager")
+    want = model(x)[0]
+    rnnattn.swap(model)
+    for _ in range(2):
+        torch.testing.assert_close(model(x)[0], want, rtol=1e-5, atol=1e-6)
+    assert len(rnnattn.explain(model, x)) == 1
+    rnnattn.unswap(model)
+    assert torch.equal(model(x)[0], want)
+
+
+def test_a_module_whose_forward_was_replaced_is_left() -> None:
+    """As accelerate's hooks do."""
+    model, x = nn.Sequential(nn.GRU(3, 4)), torch.randn(5, 2, 3)
+    before = model[0].forward
+    model[0].forward = lambda *args: before(*args)
+    want = model(x)[0]
+    report = rnnattn.swap(model)
+    assert report.swapped == [] and "forward was replaced" in report.left["0"]
+    assert type(model[0]) is nn.GRU and torch.equal(model(x)[0], want)
+
+
+def test_children_of_a_module_that_asks_for_torchs_class_are_left() -> None:
+    class LSTMModule(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(3, 4)
+
+    class Derived(LSTMModule):
+        pass
+
+    LSTMModule.__module__, LSTMModule.__qualname__ = "torchrl.modules.tensordict_module.rnn", "LSTMModule"
+    report = rnnattn.swap(nn.Sequential(LSTMModule(), Derived(), nn.LSTM(3, 4)))
+    assert report.swapped == ["2"]
+    assert report.left == dict.fromkeys(("0.lstm", "1.lstm"), "LSTMModule of torchrl asks for torch.nn's class")
+
+
 def test_hooks_fire_and_can_be_removed() -> None:
     model, fired = nn.Sequential(nn.LSTM(3, 4)), []
     lstm = model[0]

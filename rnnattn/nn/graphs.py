@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -38,14 +39,17 @@ class Swapped(nn.Module):
         return twin(self, self._torchs)
 
 
+def become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Gives a module another class over the same state; settings that only its present class has are forgotten."""
+    for name in [n for n in vars(module) if hasattr(type(module), n) and not hasattr(kind, n)]:
+        del vars(module)[name]
+    module.__class__ = kind
+
+
 def twin(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """A module of another class over the same state: one set of parameters, hooks and settings."""
-    new = kind.__new__(kind)
-    new.__dict__.update(
-        (name, value)
-        for name, value in vars(module).items()
-        if hasattr(kind, name) or not hasattr(type(module), name)  # or it is a setting of that class alone
-    )
+    """A module of another class over the same state."""
+    new = copy.copy(module)
+    become(new, kind)
     return new
 
 
