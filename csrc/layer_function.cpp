@@ -51,10 +51,13 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                const LayerSettings& s) {
     const auto [y, h_n, c_n, gates, cells] = rnnattn::forward({x, h0, c0.value_or(Tensor())}, weights, s, true);
-    variable_list saved{x, h0, c0.value_or(Tensor()), y, gates, cells};
+    variable_list saved{x, h0, c0.value_or(Tensor()), gates, cells};
     saved.insert(saved.end(), weights.begin(), weights.end());
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
+    // The caller may write into y: a second tensor tells that by its version, and the backward then runs the layer again.
+    ctx->saved_data["y"] = Tensor(y.tensor_data());
+    ctx->saved_data["version"] = static_cast<int64_t>(y._version());
     ctx->saved_data["mode"] = s.mode;
     ctx->saved_data["flags"] = std::vector<bool>{s.has_biases, s.bidirectional, s.layout.batch_first, s.layout.is_cell};
     return c_n.defined() ? variable_list{y, h_n, c_n} : variable_list{y, h_n};
@@ -62,7 +65,7 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
 
   static variable_list backward(AutogradContext* ctx, variable_list d) {
     const variable_list saved = ctx->get_saved_variables();
-    const at::TensorList weights = at::TensorList(saved).slice(6);
+    const at::TensorList weights = at::TensorList(saved).slice(5);
     const auto flags = ctx->saved_data["flags"].toBoolList();
     const LayerSettings s{{flags[2], flags[3]}, ctx->saved_data["mode"].toStringRef(), flags[0], flags[1]};
     const bool has_c = saved[2].defined();
@@ -76,16 +79,20 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
                         std::all_of(saved.begin(), saved.end(), plain);
     std::optional<at::AutoDispatchBelowADInplaceOrView> no_autograd;
     if (direct) no_autograd.emplace();
+    const bool last_use = !torch::autograd::get_current_graph_task_keep_graph();
+    Tensor returned = ctx->saved_data["y"].toTensor();
+    if (returned._version() != ctx->saved_data["version"].toInt())
+      returned = std::get<0>(rnnattn::forward({saved[0], saved[1], saved[2]}, weights, s, false));
+    if (last_use) ctx->saved_data.erase("y");
     const auto sequence = [&](const Tensor& t) { return sequence_to_kernel(s.layout, t); };
     const auto state = [&](const Tensor& t) { return state_to_kernel(s.layout, t); };
     const OptionalTensor dy = optional(sequence(d[0])), dh_n = optional(state(d[1])), dc_n = has_c ? optional(state(d[2])) : std::nullopt;
-    const Tensor x = sequence(saved[0]), h0 = state(saved[1]), y = sequence(saved[3]);
+    const Tensor x = sequence(saved[0]), h0 = state(saved[1]), y = sequence(returned);
     const OptionalTensor c0 = optional(state(saved[2]));
     const auto [dx, dh0, dc0, own] =
-        direct ? recurrent_layer_backward(dy, dh_n, dc_n, {}, x, h0, c0, weights, {}, {}, false, y, saved[4], saved[5],
-                                          s.has_biases, direction(s.bidirectional), s.mode, wanted,
-                                          !torch::autograd::get_current_graph_task_keep_graph())
-               : dispatched_backward(dy, dh_n, dc_n, x, h0, c0, weights, y, saved[4], saved[5], s, wanted);
+        direct ? recurrent_layer_backward(dy, dh_n, dc_n, {}, x, h0, c0, weights, {}, {}, false, y, saved[3], saved[4],
+                                          s.has_biases, direction(s.bidirectional), s.mode, wanted, last_use)
+               : dispatched_backward(dy, dh_n, dc_n, x, h0, c0, weights, y, saved[3], saved[4], s, wanted);
 
     variable_list gradients{wanted.dx ? sequence_from_kernel(s.layout, dx) : Tensor(),
                             wanted.dh0 ? state_from_kernel(s.layout, dh0) : Tensor(), has_c ? state_from_kernel(s.layout, dc0) : Tensor()};

@@ -294,6 +294,7 @@ def rank(number: int, store: str, models: list[Tagger], x: Tensor, want: list[li
     for options, model, expected in zip(DDP, models, want, strict=True):
         own = copy.deepcopy(model)  # what it was sent is in memory that all processes share
         close(trained(DistributedDataParallel(own, **options), x[:, :, 2 * number :][:, :, :2]), expected)
+    torch.distributed.barrier()  # none leaves while the other still hears from it
     torch.distributed.destroy_process_group()
 
 

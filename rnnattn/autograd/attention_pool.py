@@ -14,6 +14,7 @@ from rnnattn import backends
 from rnnattn.autograd.batched import map_one_by_one, one_by_one
 from rnnattn.autograd.eager import is_eager
 from rnnattn.autograd.equations import first_gradients, second_gradients
+from rnnattn.autograd.outputs import returned, watched
 from rnnattn.reference import accumulation_dtype, attention_pool_forward
 from rnnattn.transforms import is_tracing, is_transformed, want_equations
 
@@ -74,7 +75,7 @@ class AttentionPooling(torch.autograd.Function):
         pooled, _, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, v, w, b, lengths, mask, pooled, lse)
+        ctx.save_for_backward(x, v, w, b, lengths, mask, watched(ctx, pooled, x), lse)
         ctx.need_weights, ctx.backend = need_weights, backend
 
     @staticmethod
@@ -84,6 +85,7 @@ class AttentionPooling(torch.autograd.Function):
         inputs, cotangents = (x, v, w, b), (d_pooled, d_weights)
         if want_equations(*cotangents, *inputs):
             return *first_gradients(_equations(lengths, mask), inputs, cotangents), None, None, None, None
+        pooled = returned(ctx, pooled, lambda: _forward(*inputs, lengths, mask, False, ctx.backend)[0])
         # A gradient that is itself to be differentiated is the operator's, of which autograd knows the gradient.
         run: Any = torch.ops.rnnattn.attention_pool_backward
         if torch.is_grad_enabled() and is_transformed():

@@ -19,6 +19,7 @@ from rnnattn import backends
 from rnnattn.autograd.batched import map_one_by_one, one_by_one
 from rnnattn.autograd.eager import is_eager, is_last_use
 from rnnattn.autograd.equations import first_gradients, second_gradients
+from rnnattn.autograd.outputs import returned, watched
 from rnnattn.packing import Packing
 from rnnattn.reference import (
     CELLS,
@@ -137,7 +138,7 @@ class RecurrentLayer(torch.autograd.Function):
         else:
             ctx.mark_non_differentiable(gates)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, lengths, resets, y, gates, cells, *weights)
+        ctx.save_for_backward(x, h0, c0, lengths, resets, watched(ctx, y, x), gates, cells, *weights)
         ctx.settings = reset_to_initial, has_biases, direction, mode, backend
 
     @staticmethod
@@ -205,9 +206,10 @@ def _gradients(  # type: ignore[no-untyped-def]
     """dx, dh0, dc0 and one gradient per weight. own_gates: nobody has `gates` but this graph."""
     x, h0, c0, lengths, resets, y, gates, cells, *weights = ctx.saved_tensors
     reset_to_initial, has_biases, direction, mode, backend = ctx.settings
+    inputs = x, h0, c0, weights, lengths, resets, reset_to_initial
+    y = returned(ctx, y, lambda: _forward(*inputs, has_biases, direction, mode, False, backend)[0])
     arguments = (
-        *cotangents, x, h0, c0, weights, lengths, resets, reset_to_initial, y, gates, cells, has_biases, direction,
-        mode, needs_dx, needs_dweights, backend,
+        *cotangents, *inputs, y, gates, cells, has_biases, direction, mode, needs_dx, needs_dweights, backend,
     )  # fmt: skip
     dx, dh0, dc0, dweights = _differentiable_backward(*arguments, own_gates=own_gates)
     dx, dc0 = dx if needs_dx else None, None if c0 is None else dc0

@@ -16,6 +16,7 @@ from rnnattn import backends
 from rnnattn.autograd.batched import map_one_by_one, one_by_one
 from rnnattn.autograd.eager import is_eager
 from rnnattn.autograd.equations import first_gradients, second_gradients
+from rnnattn.autograd.outputs import returned, watched
 from rnnattn.reference import CELLS, regularised_scan_forward
 from rnnattn.transforms import is_recorded, is_tracing, is_transformed, want_equations
 
@@ -96,7 +97,7 @@ class RegularisedScan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         y, _, _, *saved = output
         tensors = [t for t in inputs if isinstance(t, Tensor)]
-        ctx.save_for_backward(*tensors, y, *saved)
+        ctx.save_for_backward(*tensors, watched(ctx, y, inputs[0]), *saved)
         ctx.settings = [None if isinstance(t, Tensor) else (t,) for t in inputs], backend
 
     @staticmethod
@@ -110,6 +111,7 @@ def _gradients(ctx: Any, cotangents: tuple[Tensor | None, ...]) -> list[Tensor |
     tensors = list(ctx.saved_tensors)
     inputs = [tensors.pop(0) if t is None else t[0] for t in given]
     leaves, settings = inputs[:_DIFFERENTIABLE], inputs[_DIFFERENTIABLE:]
+    tensors[0] = returned(ctx, tensors[0], lambda: _forward(*inputs, False, backend)[0])
     needs: list[bool] = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
     needs_dweights = any(needs[_WEIGHTS])
     gradients: Sequence[Tensor | None]

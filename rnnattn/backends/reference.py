@@ -55,7 +55,8 @@ class Reference(Backend):
         return [None if t is None else next(gradients) for t in leaves]
 
     def attention_pool_forward(self, x, v, w, b, lengths, mask, need_weights):  # type: ignore[no-untyped-def]
-        return reference.attention_pool_forward(x, v, w, b, lengths, mask)
+        pooled, weights, lse = reference.attention_pool_forward(x, v, w, b, lengths, mask)
+        return pooled.clone(), weights, lse  # not a view, which nobody could write into
 
     def attention_pool_backward(  # type: ignore[no-untyped-def]
         self, d_pooled, d_weights, x, v, w, b, lengths, mask, pooled, lse
