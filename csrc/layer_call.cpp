@@ -16,16 +16,17 @@
 namespace rnnattn {
 namespace {
 
-// Whether the weights of all directions are of one layer of the sizes of the first two.
-bool are_of_one_layer(at::TensorList weights, size_t directions, bool has_biases, Mode mode) {
-  const size_t each = weights.size() / directions, least = has_biases ? 4 : 2;
+// Whether the weights of all layers and directions are of the sizes that the first two tell.
+bool are_of_one_stack(at::TensorList weights, size_t layers, size_t directions, bool has_biases, Mode mode) {
+  const size_t scans = layers * directions, each = weights.size() / scans, least = has_biases ? 4 : 2;
   const bool projected = mode == Mode::kLstm && each == least + 1;
-  if (weights.size() % directions || each != least + projected || weights[0].dim() != 2 || weights[1].dim() != 2) return false;
+  if (weights.size() % scans || each != least + projected || weights[0].dim() != 2 || weights[1].dim() != 2) return false;
   const int64_t rows = weights[0].size(0), H = rows / weight_gates(mode), I = weights[0].size(1), R = weights[1].size(1);
   if (H == 0 || R == 0 || rows != weight_gates(mode) * H || (!projected && R != H)) return false;
   for (size_t n = 0; n < weights.size(); ++n) {
     const size_t at = n % each;
-    const int64_t shape[] = {at == least ? R : rows, at == 0 ? I : at == 1 ? R : H};
+    const int64_t features = n < each * directions ? I : static_cast<int64_t>(directions) * R;
+    const int64_t shape[] = {at == least ? R : rows, at == 0 ? features : at == 1 ? R : H};
     const bool is_bias = at >= 2 && at < least;
     if (weights[n].sizes() != at::IntArrayRef(shape, is_bias ? 1 : 2)) return false;
   }
@@ -34,7 +35,11 @@ bool are_of_one_layer(at::TensorList weights, size_t directions, bool has_biases
 
 // What the module returns. None where a check is due, or anything out of the ordinary: the caller then goes the long way.
 PyObject* call_layer(PyObject* input, PyObject* h, PyObject* c, const pybind11::list& given_weights, PyObject* given_dtype,
-                     const std::string& mode_name, bool has_biases, bool bidirectional, bool batch_first, bool is_cell) {
+                     const std::string& mode_name, int64_t layers, PyObject* given_dropout, bool has_biases, bool bidirectional,
+                     bool batch_first, bool is_cell) {
+  const double dropout = PyFloat_AsDouble(given_dropout);
+  if (PyErr_Occurred()) PyErr_Clear();
+  if (!(dropout >= 0 && dropout <= 1)) Py_RETURN_NONE;  // -1 is an error's
   if (!plain_thread() || at::autocast::is_autocast_enabled(at::kCPU) || given_weights.size() < 2 || !THPDtype_Check(given_dtype)) Py_RETURN_NONE;
   std::vector<Tensor> weights;
   weights.reserve(given_weights.size());
@@ -46,8 +51,8 @@ PyObject* call_layer(PyObject* input, PyObject* h, PyObject* c, const pybind11::
   }
   const size_t directions = bidirectional ? 2 : 1;
   const Mode mode = parse_mode(mode_name);
-  if (!are_of_one_layer(weights, directions, has_biases, mode)) Py_RETURN_NONE;
-  const Called module{{batch_first, is_cell}, mode == Mode::kLstm, dtype, weights[0].size(1), static_cast<int64_t>(directions),
+  if (!are_of_one_stack(weights, layers, directions, has_biases, mode)) Py_RETURN_NONE;
+  const Called module{{batch_first, is_cell}, mode == Mode::kLstm, dtype, weights[0].size(1), layers * static_cast<int64_t>(directions),
                       weights[1].size(1), weights[0].size(0) / weight_gates(mode)};
   const auto arguments = call_arguments(module, input, h, c);
   if (!arguments) Py_RETURN_NONE;
@@ -55,7 +60,7 @@ PyObject* call_layer(PyObject* input, PyObject* h, PyObject* c, const pybind11::
   {
     pybind11::gil_scoped_release others_run;
     RECORD_FUNCTION("rnnattn_native::recurrent_layer", std::vector<c10::IValue>{});
-    std::tie(y, h_n, c_n) = differentiable_layer(*arguments, weights, {module.layout, mode_name, has_biases, bidirectional});
+    std::tie(y, h_n, c_n) = differentiable_stack(*arguments, weights, layers, dropout, {module.layout, mode_name, has_biases, bidirectional});
   }
   return call_results(module, std::move(y), std::move(h_n), std::move(c_n));
 }
@@ -65,11 +70,13 @@ PyObject* call_layer(PyObject* input, PyObject* h, PyObject* c, const pybind11::
 void bind_layer_call(pybind11::module_& m) {
   m.def("call_layer",
         [](pybind11::handle input, pybind11::handle h, pybind11::handle c, const pybind11::list& weights, pybind11::handle dtype,
-           const std::string& mode, bool has_biases, bool bidirectional, bool batch_first, bool is_cell) {
+           const std::string& mode, int64_t layers, pybind11::handle dropout, bool has_biases, bool bidirectional, bool batch_first,
+           bool is_cell) {
           return pybind11::reinterpret_steal<pybind11::object>(
-              call_layer(input.ptr(), h.ptr(), c.ptr(), weights, dtype.ptr(), mode, has_biases, bidirectional, batch_first, is_cell));
+              call_layer(input.ptr(), h.ptr(), c.ptr(), weights, dtype.ptr(), mode, layers, dropout.ptr(), has_biases, bidirectional, batch_first,
+                         is_cell));
         },
-        "A module of one layer: its arguments, and weights of that dtype, to its results, or None.");
+        "A module's arguments, and weights of that dtype, to its results, or None.");
 }
 
 }  // namespace rnnattn

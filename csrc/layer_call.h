@@ -1,4 +1,4 @@
-// rnnattn._C.call_layer: one call of a module of one layer without the dispatcher and autograd's way through Python, which
+// rnnattn._C.call_layer: one call of a module without the dispatcher and autograd's way through Python, which
 // take a single step as long as its products do.
 #pragma once
 

@@ -1,5 +1,6 @@
 #include "layer_function.h"
 
+#include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -107,8 +108,6 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
   }
 };
 
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor> differentiable_layer(const CallArguments& given, at::TensorList weights, const LayerSettings& s) {
   const auto wants = [](const Tensor& t) { return t.defined() && t.requires_grad(); };
   if (records_gradients() &&
@@ -118,6 +117,26 @@ std::tuple<Tensor, Tensor, Tensor> differentiable_layer(const CallArguments& giv
   }
   auto [y, h_n, c_n, gates, cells] = forward(given, weights, s, false);
   return {y, h_n, c_n};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> differentiable_stack(const CallArguments& given, at::TensorList weights, int64_t layers,
+                                                        double dropout, const LayerSettings& s) {
+  if (layers == 1) return differentiable_layer(given, weights, s);
+  const int64_t K = s.bidirectional ? 2 : 1;
+  const size_t each = weights.size() / layers;
+  Tensor y = given.x;
+  std::vector<Tensor> h_n(layers), c_n(given.c0.defined() ? layers : 0);
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const auto own = [&](const Tensor& state) { return state.defined() ? state.narrow(0, layer * K, K) : state; };
+    if (layer > 0 && dropout > 0)  // in the order of elements that torch.nn has, for the same draws
+      y = sequence_from_kernel(s.layout, at::dropout(sequence_to_kernel(s.layout, y), dropout, true));
+    Tensor c;
+    std::tie(y, h_n[layer], c) = differentiable_layer({y, own(given.h0), own(given.c0)}, weights.slice(layer * each, each), s);
+    if (c.defined()) c_n[layer] = c;
+  }
+  return {y, at::cat(h_n), c_n.empty() ? Tensor() : at::cat(c_n)};
 }
 
 }  // namespace rnnattn

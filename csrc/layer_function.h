@@ -1,4 +1,4 @@
-// One recurrent layer as an autograd function in C++; rnnattn/autograd/recurrent.py has the one for all backends.
+// Recurrent layers as autograd functions in C++; rnnattn/autograd/recurrent.py has the one for all backends.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,8 +16,9 @@ struct LayerSettings {
   bool has_biases, bidirectional;
 };
 
-// y, h_n and c_n (undefined without a cell state) in the caller's layout, with a graph where a gradient is wanted.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> differentiable_layer(const CallArguments& arguments, at::TensorList weights,
-                                                                    const LayerSettings& settings);
+// y, h_n and c_n (undefined without a cell state) in the caller's layout, with a graph where a gradient is wanted. States are
+// of all layers, weights of one after the other; dropout is in between.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> differentiable_stack(const CallArguments& arguments, at::TensorList weights, int64_t layers,
+                                                                    double dropout, const LayerSettings& settings);
 
 }  // namespace rnnattn

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rnnattn import autograd, backends
@@ -64,7 +63,7 @@ def run_stack(
     if not looked_on:
         call = _call(
             mode, T, B, x, h0, c0, weights, num_layers, K, ragged, has_resets, in_chunks, return_cells,
-            dropout > 0 and training, regularised,
+            dropout != 0 and training, regularised,
         )  # fmt: skip
         backend = backends.select(call).backend
         # Layers below all that are trained are left out of a backward of their own.
@@ -148,9 +147,10 @@ def _layers(
     c_n: list[Tensor] = []
     cells = None
     for layer in range(num_layers):
-        if layer > 0 and dropout > 0 and training:
+        if layer > 0 and dropout != 0 and training:
             # What is packed is dropped packed, whoever runs it, so that a seed draws the same.
-            x = F.dropout(x, dropout) if packing is None else packing.padded(F.dropout(packing.packed(x), dropout))
+            rows = torch.dropout(x if packing is None else packing.packed(x), dropout, True)
+            x = rows if packing is None else packing.padded(rows)
         states = slice(layer * K, (layer + 1) * K)
         own = weights[layer * per_layer : (layer + 1) * per_layer]
         if regularisation is not None:
@@ -181,8 +181,8 @@ def op_name(mode: str) -> str:
 
 
 def takes_cpp(mode: str, dtype: torch.dtype, I: int, H: int) -> bool:
-    """Whether calls of one layer on a CPU without lengths and resets run on backend cpp, with and without gradients;
-    how long they are and of how many rows makes no difference."""
+    """Whether calls on a CPU without lengths and resets run on backend cpp, with and without gradients; how long they
+    are, of how many rows and layers makes no difference."""
     call = Call(op_name(mode), "cpu", dtype, 1, 1, I, H)
     return all(backends.select(replace(call, grad=grad)).backend == "cpp" for grad in (False, True))
 

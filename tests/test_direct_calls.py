@@ -1,10 +1,11 @@
-"""Calls of one layer that go directly to the C++ kernels give what others give, and leave to them what is not plain."""
+"""Calls that go directly to the C++ kernels give what others give, and leave to them what is not plain."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -30,6 +31,8 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gru, no bias": ("GRU", {"bias": False, "batch_first": True}),
     "rnn": ("RNN", {"bidirectional": True, "batch_first": True}),
     "rnn, relu": ("RNN", {"nonlinearity": "relu"}),
+    "stack": ("LSTM", {"num_layers": 2, "bidirectional": True, "proj_size": 3}),
+    "gru stack": ("GRU", {"num_layers": 3, "batch_first": True, "bias": False}),
     "lstm cell": ("LSTMCell", {}),
     "lstm cell, no bias": ("LSTMCell", {"bias": False}),
     "gru cell": ("GRUCell", {}),
@@ -73,7 +76,7 @@ def arguments(module: Any, T: int = 3, B: int = 2, given: bool = True, grad: boo
     x = torch.randn(*shape, I, dtype=dtype, requires_grad=grad)
     if not given:
         return [x]
-    K = () if cell else (2,) if module.bidirectional else (1,)
+    K = () if cell else (module.num_layers * (1 + module.bidirectional),)
     h = torch.randn(*K, B, getattr(module, "proj_size", 0) or H, dtype=dtype, requires_grad=grad)
     if "LSTM" not in type(module).__name__:
         return [x, h]
@@ -107,6 +110,40 @@ def test_results_and_gradients_are_torchs(name: str, given: bool, T: int, taken:
                 for w, g, p in zip(d_want, d_got, wanted[0], strict=True):
                     close(torch.zeros_like(p) if g is None else g, torch.zeros_like(p) if w is None else w)
     assert taken == [True] * 6
+
+
+@pytest.mark.parametrize("dropout", [0.5, 1, 0.0])
+@pytest.mark.parametrize("name", ["stack", "gru stack"])
+def test_a_seed_drops_the_same(name: str, dropout: float, taken: list[bool]) -> None:
+    theirs, ours = twins(name)
+    results = []
+    for module in (ours, ours, theirs):
+        module.dropout = dropout
+        torch.manual_seed(4)
+        x, *hx = given = arguments(module, T=5, B=3, grad=True)
+        outputs = flat(module(*given))
+        results.append([*outputs, *torch.autograd.grad(sum(t.square().sum() for t in outputs), flat(given))])
+    close(results[1], results[0]), close(results[1], results[2])
+    assert taken == [True]
+    for module in (theirs, ours):
+        module.eval()
+    close(flat(ours(x, *hx)), flat(theirs(x, *hx)))
+    assert taken == [True, True]
+
+
+@pytest.mark.parametrize("dropout", [1.5, -0.5, float("nan"), "0.5", None])
+def test_a_dropout_that_is_none(dropout: Any, taken: list[bool]) -> None:
+    """It raises what torch.nn's raises."""
+    theirs, ours = twins("stack")
+    x, *hx = arguments(ours)
+    ours(x, *hx)
+    theirs.dropout = ours.dropout = dropout
+    with pytest.raises((TypeError, RuntimeError)) as expected:
+        theirs(x, *hx)
+    number = isinstance(dropout, float)
+    with pytest.raises(expected.type, match=re.escape(str(expected.value)) if number else None):
+        ours(x, *hx)
+    assert taken == [False]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rnnattn
 
-# One layer, of which calls go directly from the second one on; and a stack, of which none does.
+# Calls go directly from the second one on.
 TABLE: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("LSTM", {}),
     "gru": ("GRU", {"bidirectional": True}),

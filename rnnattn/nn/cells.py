@@ -53,7 +53,7 @@ class _Cell(DirectCalls, Swapped, nn.RNNCellBase):
         """What `forward` returns; hx as it takes it."""
         mode, own = self._mode, self._parameters  # among which a parametrized weight is not
         weights = [own.get(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]]
-        results = self._call_directly(mode, input, hx, weights, self.bias, False, False, True)
+        results = self._call_directly(mode, input, hx, weights, 1, 0.0, self.bias, False, False, True)
         if results is not None:
             return results
         if is_symbolic(input):

@@ -1,4 +1,4 @@
-"""Calls of one layer that go directly to the C++ kernels, by csrc/layer_call.cpp.
+"""Calls that go directly to the C++ kernels, by csrc/layer_call.cpp.
 
 The checks and the choice of a backend that all others pass in Python take longer than a small layer's step.
 """
@@ -30,12 +30,12 @@ class DirectCalls:
     _direct: tuple[tuple[str, str, torch.dtype], bool] | None = None
 
     def _call_directly(
-        self, mode: str, input: Any, hx: Any, weights: list[Any], has_biases: bool, bidirectional: bool,
-        batch_first: bool, is_cell: bool,
+        self, mode: str, input: Any, hx: Any, weights: list[Any], num_layers: int, dropout: float, has_biases: bool,
+        bidirectional: bool, batch_first: bool, is_cell: bool,
     ) -> Any:  # fmt: skip
         """What the module returns; None where anything is out of the ordinary, wrong arguments among it.
 
-        weights: those of one layer; None for one that is not to be had.
+        weights: None for one that is not to be had. dropout: of this call.
         """
         # Compiling comes first: a graph that looked at what eager calls leave behind would be compiled again after one.
         if torch.compiler.is_compiling() or self._direct is None or backends.is_recording():
@@ -44,7 +44,9 @@ class DirectCalls:
         if not allowed or selected != backends.selected() or remembered_mode != mode:
             return None
         h, c = states_of(hx, CELLS[mode].has_c)
-        return call_layer()(input, h, c, weights, dtype, mode, has_biases, bidirectional, batch_first, is_cell)
+        return call_layer()(
+            input, h, c, weights, dtype, mode, num_layers, dropout, has_biases, bidirectional, batch_first, is_cell
+        )
 
     def _remember(self, mode: str, input: Any, hidden_size: int) -> None:
         """Takes note of a call that has passed all checks."""

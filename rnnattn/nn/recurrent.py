@@ -68,12 +68,12 @@ class _Recurrent(DirectCalls, Regularised):
         """What `forward` returns; hx as it takes it."""
         self._update_flat_weights()
         plain = lengths is None and resets is None and not return_cells and not self._may_be_regularised()
-        may_be_direct = plain and self.num_layers == 1 and self.recompute is None
+        may_be_direct = plain and self.recompute is None
         if may_be_direct:
-            weights, bias = self._flat_weights, self.bias
             results = self._call_directly(
-                self.mode, input, hx, weights, bias, self.bidirectional, self.batch_first, False
-            )
+                self.mode, input, hx, self._flat_weights, self.num_layers, self.dropout if self.training else 0.0,
+                self.bias, self.bidirectional, self.batch_first, False,
+            )  # fmt: skip
             if results is not None:
                 return results
         if is_symbolic(input):
