@@ -40,29 +40,31 @@ PyObject* call_layer(PyObject* input, PyObject* h, PyObject* c, const pybind11::
   const double dropout = PyFloat_AsDouble(given_dropout);
   if (PyErr_Occurred()) PyErr_Clear();
   if (!(dropout >= 0 && dropout <= 1)) Py_RETURN_NONE;  // -1 is an error's
-  if (!plain_thread() || at::autocast::is_autocast_enabled(at::kCPU) || given_weights.size() < 2 || !THPDtype_Check(given_dtype)) Py_RETURN_NONE;
+  if (!plain_thread() || given_weights.size() < 2 || !THPDtype_Check(given_dtype)) Py_RETURN_NONE;
+  const Precision precision{reinterpret_cast<THPDtype*>(given_dtype)->scalar_type, at::autocast::is_autocast_enabled(at::kCPU)};
+  if (precision.autocast && precision.dtype != at::autocast::get_autocast_dtype(at::kCPU)) Py_RETURN_NONE;
   std::vector<Tensor> weights;
   weights.reserve(given_weights.size());
-  const at::ScalarType dtype = reinterpret_cast<THPDtype*>(given_dtype)->scalar_type;
   for (const auto& w : given_weights) {
-    const Tensor* plain = plain_tensor(w.ptr(), dtype);
+    auto plain = plain_tensor(w.ptr(), precision);
     if (!plain) Py_RETURN_NONE;
-    weights.push_back(*plain);
+    weights.push_back(*std::move(plain));
   }
   const size_t directions = bidirectional ? 2 : 1;
   const Mode mode = parse_mode(mode_name);
   if (!are_of_one_stack(weights, layers, directions, has_biases, mode)) Py_RETURN_NONE;
-  const Called module{{batch_first, is_cell}, mode == Mode::kLstm, dtype, weights[0].size(1), layers * static_cast<int64_t>(directions),
+  const Called module{{batch_first, is_cell}, mode == Mode::kLstm, precision, weights[0].size(1), layers * static_cast<int64_t>(directions),
                       weights[1].size(1), weights[0].size(0) / weight_gates(mode)};
   const auto arguments = call_arguments(module, input, h, c);
   if (!arguments) Py_RETURN_NONE;
   Tensor y, h_n, c_n;
   {
     pybind11::gil_scoped_release others_run;
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     RECORD_FUNCTION("rnnattn_native::recurrent_layer", std::vector<c10::IValue>{});
     std::tie(y, h_n, c_n) = differentiable_stack(*arguments, weights, layers, dropout, {module.layout, mode_name, has_biases, bidirectional});
   }
-  return call_results(module, std::move(y), std::move(h_n), std::move(c_n));
+  return call_results(module, arguments->unbatched, std::move(y), std::move(h_n), std::move(c_n));
 }
 
 }  // namespace

@@ -12,7 +12,8 @@ struct Layout {
 };
 
 struct CallArguments {
-  at::Tensor x, h0, c0;  // in the caller's layout; c0 is undefined without a cell state
+  at::Tensor x, h0, c0;    // in the caller's layout; c0 is undefined without a cell state
+  bool unbatched = false;  // the caller left out B, which is 1
 };
 
 // x, y and states from one to the other; undefined ones stay so.

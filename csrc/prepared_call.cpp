@@ -25,8 +25,9 @@ class PreparedCall {
     const auto [LK, R, H] = states;
     std::vector<Tensor> tensors;
     for (const auto& t : prepared) tensors.push_back(THPVariable_Unpack(t.ptr()));
-    module_ = {{batch_first, is_cell}, parse_mode(mode) == Mode::kLstm, THPVariable_Unpack(dtype_of.ptr()).scalar_type(), I, LK, R, H};
-    stack_ = prepared_stack(std::move(tensors), bidirectional, mode, module_.dtype, I, H, R);
+    const Precision precision{THPVariable_Unpack(dtype_of.ptr()).scalar_type(), false};
+    module_ = {{batch_first, is_cell}, parse_mode(mode) == Mode::kLstm, precision, I, LK, R, H};
+    stack_ = prepared_stack(std::move(tensors), bidirectional, mode, precision.dtype, I, H, R);
   }
 
   // What the module returns. None where a check is due, or anything out of the ordinary: the caller then goes the long way.
@@ -34,7 +35,7 @@ class PreparedCall {
     if (!plain_thread()) Py_RETURN_NONE;
     const auto arguments = call_arguments(module_, input, h, c);
     if (!arguments) Py_RETURN_NONE;
-    const auto& [x, h0, c0] = *arguments;
+    const auto& [x, h0, c0, unbatched] = *arguments;
     if (c10::GradMode::is_enabled() && (x.requires_grad() || h0.requires_grad() || (c0.defined() && c0.requires_grad()))) Py_RETURN_NONE;
     Tensor y, h_n, c_n;
     {
@@ -45,7 +46,7 @@ class PreparedCall {
       y = sequence_from_kernel(module_.layout, y);
       h_n = state_from_kernel(module_.layout, h_n), c_n = state_from_kernel(module_.layout, c_n);
     }
-    return call_results(module_, std::move(y), std::move(h_n), std::move(c_n));
+    return call_results(module_, unbatched, std::move(y), std::move(h_n), std::move(c_n));
   }
 
  private:

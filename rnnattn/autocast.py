@@ -6,7 +6,9 @@ multiplies in that dtype and promotes the results to the state's; here they stay
 
 from __future__ import annotations
 
-from typing import TypeVar
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +31,19 @@ def _is_available(device: str) -> bool:
 
 
 _is_available._dynamo_marked_constant = True  # type: ignore[attr-defined]  # which torch 2.11 cannot trace
+
+
+def as_forward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that computes in the types of its forward, also where it is asked for while autocast is on."""
+
+    @functools.wraps(backward)
+    def run(*arguments: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return backward(*arguments)
+        with torch._C._DisableAutocast():
+            return backward(*arguments)
+
+    return run
 
 
 def lowered(t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:

@@ -98,6 +98,24 @@ def test_casts_are_made_once_a_call(kind: str, backend: str) -> None:
     assert found[0][tuple(module.weight_hh_l0.shape)] >= 1
 
 
+@pytest.mark.parametrize("backend", backend_parameters("cpp", "triton", "cuda"))
+@pytest.mark.parametrize("settings", ({}, {"proj_size": 3}, {"num_layers": 2}, {"zoneout": 0.5}), ids=str)
+def test_gradients_asked_for_within_are_of_the_forwards_type(settings: dict[str, Any], backend: str) -> None:
+    device = device_of(backend).type
+    module = rnnattn.LSTM(I, H, **settings).to(device).eval()
+    pool = rnnattn.AttentionPool(settings.get("proj_size", H), "additive", batch_first=False).to(device)
+    x = torch.randn(1, 3, I, device=device, requires_grad=True)
+    hx = tuple(torch.randn_like(t).requires_grad_() for t in module(x)[1])
+    leaves, results = [x, *hx, *module.parameters(), *pool.parameters()], []
+    with rnnattn.use_backend(backend):
+        for within in (False, True, True):
+            loss = pool(module(x, hx)[0]).square().sum()
+            with torch.autocast(device, BF16, enabled=within):
+                results.append(torch.autograd.grad(loss, leaves))
+    for got in results[1:]:
+        torch.testing.assert_close(got, results[0], rtol=1e-5, atol=1e-6)
+
+
 @kinds
 def test_a_scaled_training_step(kind: str, device: str) -> None:
     """An infinite gradient leaves the step out and halves the scale; after that the weights move."""

@@ -205,6 +205,7 @@ Gradients recurrent_layer_backward(const OptionalTensor& dy, const OptionalTenso
                                    bool overwrites) {
   adapt_to_fork();
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // the caller differentiates
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // wherever he asks for gradients
   return dispatch_accumulation(x.scalar_type(), [&](auto zero) {
     return backward<decltype(zero)>(dy, dh_n, dc_n, dcells, x, h0, c0, weights, contiguous(lengths), contiguous(resets),
                                     reset_to_initial, y.contiguous(), gates.contiguous(), cells.contiguous(), has_biases, direction,

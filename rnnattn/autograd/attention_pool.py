@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rnnattn import backends
+from rnnattn.autocast import as_forward
 from rnnattn.autograd.batched import map_one_by_one, one_by_one
 from rnnattn.autograd.eager import is_eager
 from rnnattn.autograd.equations import first_gradients, second_gradients
@@ -79,6 +80,7 @@ class AttentionPooling(torch.autograd.Function):
         ctx.need_weights, ctx.backend = need_weights, backend
 
     @staticmethod
+    @as_forward
     def backward(ctx: Any, d_pooled, d_weights, _dlse):  # type: ignore[no-untyped-def]
         x, v, w, b, lengths, mask, pooled, lse = ctx.saved_tensors
         d_weights = d_weights if ctx.need_weights else None

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rnnattn import backends
+from rnnattn.autocast import as_forward
 from rnnattn.autograd.recurrent import of_each_weight
 from rnnattn.packing import batch_sizes_of
 from rnnattn.reference import CELLS, DIRECTIONS, accumulation_dtype
@@ -138,6 +139,7 @@ class ChunkedScan(torch.autograd.Function):
         return y, h, x.new_empty(0) if c is None else c.to(x.dtype)
 
     @staticmethod
+    @as_forward
     @once_differentiable
     def backward(ctx: Any, dy, dh, dc):  # type: ignore[no-untyped-def]
         x, lengths, resets, *rest = ctx.saved_tensors

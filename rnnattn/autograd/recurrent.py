@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rnnattn import backends
+from rnnattn.autocast import as_forward
 from rnnattn.autograd.batched import map_one_by_one, one_by_one
 from rnnattn.autograd.eager import is_eager, is_last_use
 from rnnattn.autograd.equations import first_gradients, second_gradients
@@ -142,6 +143,7 @@ class RecurrentLayer(torch.autograd.Function):
         ctx.settings = reset_to_initial, has_biases, direction, mode, backend
 
     @staticmethod
+    @as_forward
     def backward(ctx: Any, dy, dh_n, dc_n, _dgates, dcells):  # type: ignore[no-untyped-def]
         needs = ctx.needs_input_grad
         gradients = _gradients(ctx, (dy, dh_n, dc_n, dcells), needs[0], any(needs[10:]), own_gates=True)

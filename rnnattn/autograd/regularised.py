@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rnnattn import backends
+from rnnattn.autocast import as_forward
 from rnnattn.autograd.batched import map_one_by_one, one_by_one
 from rnnattn.autograd.eager import is_eager
 from rnnattn.autograd.equations import first_gradients, second_gradients
@@ -101,6 +102,7 @@ class RegularisedScan(torch.autograd.Function):
         ctx.settings = [None if isinstance(t, Tensor) else (t,) for t in inputs], backend
 
     @staticmethod
+    @as_forward
     def backward(ctx: Any, dy, dh_n, dc_n, dcells, *_):  # type: ignore[no-untyped-def]
         return *_gradients(ctx, (dy, dh_n, dc_n, dcells)), None
 

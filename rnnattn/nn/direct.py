@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rnnattn import backends
+from rnnattn.autocast import autocast_dtype
 from rnnattn.backends.cpp import call_layer
 from rnnattn.reference import CELLS
 from rnnattn.stack import takes_cpp
@@ -52,7 +53,8 @@ class DirectCalls:
         """Takes note of a call that has passed all checks."""
         if type(input) is not Tensor or torch.compiler.is_compiling() or backends.is_recording():
             return
-        kind = backends.selected(), mode, input.dtype
+        dtype = autocast_dtype(input) or input.dtype
+        kind = backends.selected(), mode, dtype
         if self._direct is None or self._direct[0] != kind:
-            allowed = input.is_cpu and takes_cpp(mode, input.dtype, input.shape[-1], hidden_size)
+            allowed = input.is_cpu and takes_cpp(mode, dtype, input.shape[-1], hidden_size)
             self._direct = kind, allowed
