@@ -15,8 +15,8 @@ using at::Tensor;
 int64_t of_sequence(const Layout& layout) { return layout.batch_first || layout.is_cell ? 0 : 1; }
 int64_t of_state(const Layout& layout) { return layout.is_cell ? 0 : 1; }
 
-bool state(const Called& module, PyObject* object, const Tensor& x, bool unbatched, int64_t features, Tensor& out) {
-  const int64_t shape[] = {module.LK, x.size(of_sequence(module.layout)), features};
+bool state(const Called& module, PyObject* object, const Tensor& x, int64_t B, bool unbatched, int64_t features, Tensor& out) {
+  const int64_t shape[] = {module.LK, B, features};
   const auto expected = at::IntArrayRef(shape).slice(module.layout.is_cell);
   if (object == Py_None) {
     out = at::zeros(expected, x.options());
@@ -42,15 +42,22 @@ std::optional<Tensor> plain_tensor(PyObject* object, Precision precision) {
   return records_gradients() && t.requires_grad() && !cast.requires_grad() ? t.to(precision.dtype) : cast;
 }
 
-std::optional<CallArguments> call_arguments(const Called& module, PyObject* input, PyObject* h, PyObject* c) {
+std::optional<CallArguments> call_arguments(const Called& module, PyObject* input, PyObject* h, PyObject* c, PyObject* lengths) {
   auto x = plain_tensor(input, module.precision);
   const int64_t rank = module.layout.is_cell ? 2 : 3;
   if (!x || (x->dim() != rank && x->dim() != rank - 1) || x->size(-1) != module.I || x->numel() == 0) return std::nullopt;
   if (module.has_c ? (h == Py_None) != (c == Py_None) : c != Py_None) return std::nullopt;
-  const bool unbatched = x->dim() != rank;
-  CallArguments arguments{unbatched ? x->unsqueeze(of_sequence(module.layout)) : *std::move(x), {}, {}, unbatched};
-  if (!state(module, h, arguments.x, unbatched, module.R, arguments.h0)) return std::nullopt;
-  if (module.has_c && !state(module, c, arguments.x, unbatched, module.H, arguments.c0)) return std::nullopt;
+  const bool ragged = lengths != Py_None, unbatched = !ragged && x->dim() != rank;
+  CallArguments arguments{unbatched ? x->unsqueeze(of_sequence(module.layout)) : *std::move(x), {}, {}, {}, unbatched};
+  if (ragged) {
+    auto given = plain_tensor(lengths, {at::kLong, false});
+    if (!given || given->dim() != 1 || !given->is_contiguous() || given->numel() == 0) return std::nullopt;
+    arguments.lengths = *std::move(given);
+  }
+  const int64_t B = ragged ? arguments.lengths.size(0) : arguments.x.size(of_sequence(module.layout));
+  if (arguments.x.dim() == rank && arguments.x.size(of_sequence(module.layout)) != B) return std::nullopt;
+  if (!state(module, h, arguments.x, B, unbatched, module.R, arguments.h0)) return std::nullopt;
+  if (module.has_c && !state(module, c, arguments.x, B, unbatched, module.H, arguments.c0)) return std::nullopt;
   return arguments;
 }
 

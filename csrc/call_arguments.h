@@ -28,8 +28,10 @@ struct Called {
 std::optional<at::Tensor> plain_tensor(PyObject* object, Precision precision);
 
 // The arguments of a call, where they are plain and of the right shapes, so that no check would have something to say. h and
-// c may be None, which stands for zeros. What is unbatched becomes a batch of one row.
-std::optional<CallArguments> call_arguments(const Called& module, PyObject* input, PyObject* h, PyObject* c);
+// c may be None, which stands for zeros. What is unbatched becomes a batch of one row. lengths: None, or int64 [B] that have been
+// checked; an input [N, I] is of packed rows then.
+std::optional<CallArguments> call_arguments(const Called& module, PyObject* input, PyObject* h, PyObject* c,
+                                            PyObject* lengths = Py_None);
 
 // What the module returns, in the caller's layout: (y, h_n) or (y, (h_n, c_n)); a cell without y.
 PyObject* call_results(const Called& module, bool unbatched, at::Tensor y, at::Tensor h_n, at::Tensor c_n);

@@ -28,7 +28,7 @@ auto forward(const CallArguments& given, at::TensorList weights, const LayerSett
   at::AutoDispatchBelowADInplaceOrView no_autograd;  // nor views: an output is its own tensor to the caller
   auto [y, h_n, c_n, gates, cells] = recurrent_layer_forward(
       sequence_to_kernel(s.layout, given.x), state_to_kernel(s.layout, given.h0), optional(state_to_kernel(s.layout, given.c0)),
-      weights, {}, {}, false, s.has_biases, direction(s.bidirectional), s.mode, save);
+      weights, optional(s.lengths), {}, false, s.has_biases, direction(s.bidirectional), s.mode, save);
   return std::tuple{sequence_from_kernel(s.layout, y), state_from_kernel(s.layout, h_n),
                     given.c0.defined() ? state_from_kernel(s.layout, c_n) : Tensor(), gates, cells};
 }
@@ -43,7 +43,7 @@ Gradients dispatched_backward(const OptionalTensor& dy, const OptionalTensor& dh
                 const Tensor&, bool, std::string_view, std::string_view, bool, bool, std::string_view);
   static const auto run =
       c10::Dispatcher::singleton().findSchemaOrThrow("rnnattn::recurrent_layer_gradients", "").typed<Operator>();
-  return run.call(dy, dh_n, dc_n, {}, x, h0, c0, weights, {}, {}, false, y, gates, cells, s.has_biases, direction(s.bidirectional),
+  return run.call(dy, dh_n, dc_n, {}, x, h0, c0, weights, optional(s.lengths), {}, false, y, gates, cells, s.has_biases, direction(s.bidirectional),
                   s.mode, wanted.dx, wanted.dweights, "cpp");
 }
 
@@ -52,7 +52,7 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                const LayerSettings& s) {
     const auto [y, h_n, c_n, gates, cells] = rnnattn::forward({x, h0, c0.value_or(Tensor())}, weights, s, true);
-    variable_list saved{x, h0, c0.value_or(Tensor()), gates, cells};
+    variable_list saved{x, h0, c0.value_or(Tensor()), gates, cells, s.lengths};
     saved.insert(saved.end(), weights.begin(), weights.end());
     ctx->save_for_backward(std::move(saved));
     ctx->set_materialize_grads(false);
@@ -66,9 +66,9 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
 
   static variable_list backward(AutogradContext* ctx, variable_list d) {
     const variable_list saved = ctx->get_saved_variables();
-    const at::TensorList weights = at::TensorList(saved).slice(5);
+    const at::TensorList weights = at::TensorList(saved).slice(6);
     const auto flags = ctx->saved_data["flags"].toBoolList();
-    const LayerSettings s{{flags[2], flags[3]}, ctx->saved_data["mode"].toStringRef(), flags[0], flags[1]};
+    const LayerSettings s{{flags[2], flags[3]}, ctx->saved_data["mode"].toStringRef(), flags[0], flags[1], saved[5]};
     const bool has_c = saved[2].defined();
     const size_t first = has_c ? 3 : 2;  // weight among the inputs
     bool needs_dweights = false;
@@ -91,7 +91,7 @@ class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
     const Tensor x = sequence(saved[0]), h0 = state(saved[1]), y = sequence(returned);
     const OptionalTensor c0 = optional(state(saved[2]));
     const auto [dx, dh0, dc0, own] =
-        direct ? recurrent_layer_backward(dy, dh_n, dc_n, {}, x, h0, c0, weights, {}, {}, false, y, saved[3], saved[4],
+        direct ? recurrent_layer_backward(dy, dh_n, dc_n, {}, x, h0, c0, weights, optional(s.lengths), {}, false, y, saved[3], saved[4],
                                           s.has_biases, direction(s.bidirectional), s.mode, wanted, last_use)
                : dispatched_backward(dy, dh_n, dc_n, x, h0, c0, weights, y, saved[3], saved[4], s, wanted);
 

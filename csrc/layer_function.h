@@ -14,6 +14,7 @@ struct LayerSettings {
   Layout layout;
   std::string mode;
   bool has_biases, bidirectional;
+  at::Tensor lengths;  // int64 [B], undefined for none; of packed rows x [N, I] they fall
 };
 
 // y, h_n and c_n (undefined without a cell state) in the caller's layout, with a graph where a gradient is wanted. States are

@@ -13,6 +13,7 @@ struct Layout {
 
 struct CallArguments {
   at::Tensor x, h0, c0;    // in the caller's layout; c0 is undefined without a cell state
+  at::Tensor lengths;      // int64 [B], undefined for none
   bool unbatched = false;  // the caller left out B, which is 1
 };
 

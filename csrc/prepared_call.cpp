@@ -35,7 +35,7 @@ class PreparedCall {
     if (!plain_thread()) Py_RETURN_NONE;
     const auto arguments = call_arguments(module_, input, h, c);
     if (!arguments) Py_RETURN_NONE;
-    const auto& [x, h0, c0, unbatched] = *arguments;
+    const auto& [x, h0, c0, lengths, unbatched] = *arguments;
     if (c10::GradMode::is_enabled() && (x.requires_grad() || h0.requires_grad() || (c0.defined() && c0.requires_grad()))) Py_RETURN_NONE;
     Tensor y, h_n, c_n;
     {

@@ -14,6 +14,7 @@ from cases import BF16, F32, F64, backend_parameters
 from tolerances import close
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnattn
 from rnnattn import backends
@@ -129,6 +130,33 @@ def test_one_row_without_a_batch(name: str, given: bool, taken: list[bool]) -> N
             torch.autograd.grad(want, [*inputs, *theirs.parameters()], cotangents),
         )
     assert taken == [True]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", [name for name in LAYERS if "cell" not in name])
+def test_rows_of_different_lengths(name: str, packed: bool, taken: list[bool]) -> None:
+    """Bit for bit what the long way gives."""
+    _, ours = twins(name)
+    lengths, results = torch.tensor([2, 4, 3]), []
+    x, *hx = arguments(ours, T=4, B=3, grad=True)
+    if not packed:
+        lengths[2] = 0
+    for _ in range(3):
+        if packed:
+            given = pack_padded_sequence(x, lengths, ours.batch_first, enforce_sorted=False)
+            y, states = ours(given, *hx)
+            outputs = [y.data, *flat(states)]
+        else:
+            outputs = flat(ours(x, *hx, lengths=lengths))
+        loss = sum(t.square().sum() for t in outputs)
+        results.append([*outputs, *torch.autograd.grad(loss, [x, *flat(hx), *ours.parameters()])])
+        with torch.no_grad():
+            assert torch.equal(flat(ours(x, *hx, lengths=lengths))[0], flat(ours(x, *hx, lengths=lengths.tolist()))[0])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    assert taken == [True] * 8
+    for wrong in ([2, 4, 5], [2, -1, 3], [2, 4], torch.tensor([2.0, 4.0, 3.0])):
+        with pytest.raises((TypeError, ValueError), match="lengths: expected"):
+            ours(x, *hx, lengths=wrong)
 
 
 @pytest.mark.parametrize("low", [BF16, torch.float16])
@@ -335,8 +363,8 @@ def test_what_is_not_plain_goes_the_long_way(taken: list[bool]) -> None:
     with backends.recording() as calls:
         module(x)
     assert [chosen.backend for _, chosen in calls] == ["cpp"]
-    assert module(x, lengths=[3, 2])[0].shape == y.shape
     assert taken and True not in taken
+    assert module(x, lengths=[3, 2])[0].shape == y.shape
     module(x)
     torch.func.vmap(lambda t: t * 2)(x)
     assert torch.equal(module(x)[0], y)

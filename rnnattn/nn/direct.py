@@ -32,11 +32,12 @@ class DirectCalls:
 
     def _call_directly(
         self, mode: str, input: Any, hx: Any, weights: list[Any], num_layers: int, dropout: float, has_biases: bool,
-        bidirectional: bool, batch_first: bool, is_cell: bool,
+        bidirectional: bool, batch_first: bool, is_cell: bool, lengths: Tensor | None = None,
     ) -> Any:  # fmt: skip
         """What the module returns; None where anything is out of the ordinary, wrong arguments among it.
 
-        weights: None for one that is not to be had. dropout: of this call.
+        weights: None for one that is not to be had. dropout: of this call. lengths: as `checked_lengths` gives them; an
+        input [N, I] is of packed rows then.
         """
         # Compiling comes first: a graph that looked at what eager calls leave behind would be compiled again after one.
         if torch.compiler.is_compiling() or self._direct is None or backends.is_recording():
@@ -46,8 +47,9 @@ class DirectCalls:
             return None
         h, c = states_of(hx, CELLS[mode].has_c)
         return call_layer()(
-            input, h, c, weights, dtype, mode, num_layers, dropout, has_biases, bidirectional, batch_first, is_cell
-        )
+            input, h, c, lengths, weights, dtype, mode, num_layers, dropout, has_biases, bidirectional, batch_first,
+            is_cell,
+        )  # fmt: skip
 
     def _remember(self, mode: str, input: Any, hidden_size: int) -> None:
         """Takes note of a call that has passed all checks."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnattn.checks import check_recompute, check_states, checked_resets
+from rnnattn.checks import check_recompute, check_states, checked_resets, checked_steps
 from rnnattn.functional import NONLINEARITIES
 from rnnattn.nn.direct import DirectCalls
 from rnnattn.nn.graphs import as_node, is_symbolic
@@ -67,13 +67,9 @@ class _Recurrent(DirectCalls, Regularised):
     ) -> Any:  # fmt: skip
         """What `forward` returns; hx as it takes it."""
         self._update_flat_weights()
-        plain = lengths is None and resets is None and not return_cells and not self._may_be_regularised()
-        may_be_direct = plain and self.recompute is None
-        if may_be_direct:
-            results = self._call_directly(
-                self.mode, input, hx, self._flat_weights, self.num_layers, self.dropout if self.training else 0.0,
-                self.bias, self.bidirectional, self.batch_first, False,
-            )  # fmt: skip
+        may_be_direct = self._may_be_direct(resets, return_cells)
+        if may_be_direct and lengths is None and type(input) is not PackedSequence:
+            results = self._directly(input, hx, self.batch_first)
             if results is not None:
                 return results
         if is_symbolic(input):
@@ -85,8 +81,18 @@ class _Recurrent(DirectCalls, Regularised):
         hx = hx if with_c or hx is None else (hx,)
         (output, *cells), states = self._run_checked(input, hx, lengths, resets, reset_to_initial, return_cells)
         if may_be_direct:
-            self._remember(self.mode, input, self.hidden_size)
+            self._remember(self.mode, input.data if isinstance(input, PackedSequence) else input, self.hidden_size)
         return output, states if with_c else states[0], *cells
+
+    def _may_be_direct(self, resets: Tensor | None, return_cells: bool) -> bool:
+        return resets is None and not return_cells and self.recompute is None and not self._may_be_regularised()
+
+    def _directly(self, input: Any, hx: Any, batch_first: bool, lengths: Tensor | None = None) -> Any:
+        dropout = self.dropout if self.training else 0.0
+        return self._call_directly(
+            self.mode, input, hx, self._flat_weights, self.num_layers, dropout, self.bias, self.bidirectional,
+            batch_first, False, lengths,
+        )  # fmt: skip
 
     def _update_flat_weights(self) -> None:
         """Does what nn.RNNBase's does, which takes five times as long to find that nothing has changed."""
@@ -147,6 +153,14 @@ class _Recurrent(DirectCalls, Regularised):
         self, input: Tensor, h0: Tensor, c0: Tensor | None, batch_first: bool, lengths: Lengths | Packing,
         resets: Tensor | None, reset_to_initial: bool, return_cells: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        if lengths is not None and self._direct is not None and self._may_be_direct(resets, return_cells):
+            x = input.transpose(0, 1) if batch_first and input.dim() == 3 else input
+            _, _, checked = checked_steps(self._kind.lower(), x, lengths)
+            results = self._directly(input, h0 if c0 is None else (h0, c0), batch_first, checked)
+            if results is not None:
+                output, states = results
+                return output, *((states, None) if c0 is None else states), None
+            lengths = lengths if isinstance(lengths, Packing) else checked
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
         return run_stack(
             self.mode, input, h0, c0, weights, self.bias, self.num_layers, self.dropout, self.training,
