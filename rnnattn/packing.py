@@ -23,7 +23,7 @@ class Packing:
             _check_batch_sizes(batch_sizes, rows)
         self.batch_sizes, self.N = batch_sizes, rows
         B: Any = batch_sizes[0]
-        self.shape: tuple[int, int] = len(batch_sizes), B if is_tracing() else int(B)  # T, B
+        self.shape: tuple[int, int] = batch_sizes.shape[0], B if is_tracing() else int(B)  # T, B
         self._indices: tuple[Tensor, Tensor] | None = None
 
     @classmethod

@@ -67,11 +67,15 @@ def _replace(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) ->
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     report = SwapReport(model)
     found = [(name, module, type(module)) for name, module in model.named_modules(remove_duplicate=False)]
+    reasons = {}  # of modules, under any of their names
+    for name, module, kind in found:
+        if kind in table and (reason := _why_kept(model, name, module, table[kind])):
+            reasons[module] = reason
     for name, module, kind in found:
         if kind in table and isinstance(module, Swapped) and module._beyond_torch():
             report.left[name] = f"torch's {kind.__name__} knows no {', '.join(module._beyond_torch())}"
-        elif kind in table and (reason := _why_kept(model, name, module)):
-            report.left[name] = reason
+        elif module in reasons:
+            report.left[name] = reasons[module]
         elif kind in table:
             if name:
                 become(module, table[kind])
@@ -83,14 +87,17 @@ def _replace(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) ->
     return report
 
 
-def _why_kept(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    """What in the module or around it is for its present class alone."""
+def _why_kept(model: nn.Module, name: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """What in the module or around it is for its present class alone, or would be something else in that kind."""
     if "forward" in vars(module):
         return "its forward was replaced, by a hook of another package or by hand"
+    for attribute in vars(module):
+        if hasattr(kind, attribute) and not hasattr(type(module), attribute):
+            return f"its attribute {attribute} is a setting of {kind.__module__.split('.')[0]}.{kind.__name__}"
     parent = model.get_submodule(name.rpartition(".")[0])
-    for kind in type(parent).__mro__:
-        if f"{kind.__module__}.{kind.__qualname__}" in ASKS_FOR_TORCHS:
-            return f"{kind.__name__} of {kind.__module__.split('.')[0]} asks for torch.nn's class"
+    for base in type(parent).__mro__:
+        if f"{base.__module__}.{base.__qualname__}" in ASKS_FOR_TORCHS:
+            return f"{base.__name__} of {base.__module__.split('.')[0]} asks for torch.nn's class"
     return None
 
 

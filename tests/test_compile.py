@@ -75,15 +75,18 @@ def test_a_dynamic_number_of_steps_compiles_once(model: Model) -> None:
             compiled(*_inputs(3, 1))
 
 
+@pytest.mark.parametrize("lengths", [False, True])
 @pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
-def test_a_call_in_between_compiles_nothing_anew(kind: str) -> None:
+def test_a_call_in_between_compiles_nothing_anew(kind: str, lengths: bool) -> None:
     """What an eager call remembers of the module is nothing that a graph depends on."""
     module = getattr(rnnattn, kind)(4, 5)
-    compiled, x = torch.compile(module, fullgraph=True, backend="aot_eager"), torch.randn(3, 4)
-    compiled(x)
+    x = torch.randn(*((6, 3) if kind == "LSTM" else (3,)), 4)
+    given = {"lengths": torch.tensor([6, 0, 2])} if lengths and kind == "LSTM" else {}
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled(x, **given)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        close(compiled(x), module(x))
-        close(compiled(x), module(x))
+        close(compiled(x, **given), module(x, **given))
+        close(compiled(x, **given), module(x, **given))
 
 
 def test_one_node_per_layer(model: Model) -> None:

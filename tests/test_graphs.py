@@ -98,6 +98,15 @@ def test_a_traced_model_takes_other_sizes(way: str) -> None:
         close(torch.autograd.grad(got.square().sum(), x), torch.autograd.grad(want.square().sum(), x))
 
 
+@pytest.mark.parametrize("settings", [{"zoneout": 0.2}, {"layer_norm": True}], ids=str)
+def test_packed_rows_of_other_sizes_through_ours(settings: dict[str, Any]) -> None:
+    model = Encoder("packed", **settings).double().eval()
+    traced = torch.jit.trace(model, batch(3, 6))
+    for B, T in ((3, 6), (2, 4), (5, 9)):
+        given = batch(B, T)
+        close(traced(*given), model(*given))
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_backend_asked_for_by_name_is_traced(own_backend: str, gradients: bool) -> None:
     model = Encoder("pooled").double()
@@ -127,9 +136,17 @@ def test_torch_jit_script_compiles_torchs_modules(name: str) -> None:
     assert type(rnnattn.swap(model).model[0]) is type(ours)
 
 
+class Twice(rnnattn.LSTM):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x * 2)
+
+
 def test_torch_jit_script_refuses_what_torchs_modules_cannot_do() -> None:
-    with pytest.raises(NotImplementedError, match=r"torch\.nn\.LSTM can stand for, got one with zoneout"):
+    with pytest.raises(NotImplementedError, match=r"torch.nn's can stand for, got one with zoneout"):
         torch.jit.script(nn.Sequential(rnnattn.LSTM(I, H, zoneout=0.1)))
+    with pytest.raises(NotImplementedError, match=r"a Twice that .* got one with a forward of its own"):
+        torch.jit.script(nn.Sequential(Twice(I, H)))
+    torch.jit.script(nn.Sequential(rnnattn.LSTM(I, H, forget_bias=1.0)))
 
 
 @each
@@ -141,6 +158,33 @@ def test_torch_fx_sees_a_node_as_of_torchs_modules(name: str) -> None:
     x = inputs(ours)
     for _ in range(2):
         close(graphs[1](x), graphs[0](x))
+
+
+def test_torch_fx_does_nothing_twice() -> None:
+    hooked = rnnattn.GRU(I, H)
+    hooked.register_forward_hook(lambda module, given, results: (results[0] * 2, results[1]))
+    for module, what in ((hooked, "hooks"), (Twice(I, H), "a forward of its own")):
+        with pytest.raises(torch.fx.proxy.TraceError, match=f"without {what}; make it a leaf"):
+            torch.fx.symbolic_trace(nn.Sequential(module))
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.inputs = rnnattn.LSTMCell(I, H), torch.randn(3, 2, I)
+
+    def forward(self, h: Tensor) -> Tensor:
+        states = h, h
+        for x in self.inputs:
+            states = self.cell(x, states)
+        return states[0]
+
+
+def test_torch_fx_follows_states_alone() -> None:
+    model = Decoder()
+    graph, h = torch.fx.symbolic_trace(model), torch.randn(2, H)
+    assert [node.op for node in graph.graph.nodes].count("call_module") == 3
+    close(graph(h), model(h))
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "packed"])  # nor do torch's layers take a Proxy there

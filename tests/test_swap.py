@@ -181,6 +181,34 @@ def test_a_module_whose_forward_was_replaced_is_left() -> None:
     assert type(model[0]) is nn.GRU and torch.equal(model(x)[0], want)
 
 
+def test_a_module_that_is_left_is_left_under_all_its_names() -> None:
+    model = nn.ModuleDict({"a": nn.GRU(3, 4), "b": nn.LSTM(3, 4)})
+    model["c"] = model["a"]
+    model["a"].forward = model["a"].forward
+    report = rnnattn.swap(model)
+    assert report.swapped == ["b"] and set(report.left) == {"a", "c"}
+    assert type(model["c"]) is nn.GRU
+
+
+def test_an_attribute_that_is_a_setting_of_ours_is_not_taken_for_one() -> None:
+    lstm = nn.LSTM(3, 4)
+    lstm.zoneout = 0.3
+    report = rnnattn.swap(nn.Sequential(lstm))
+    assert report.swapped == []
+    assert report.left == {"0": "its attribute zoneout is a setting of rnnattn.LSTM"}
+
+
+def test_torchs_own_methods() -> None:
+    """Which nn.RNNBase has not, or has for one state."""
+    theirs, ours = (package.LSTM(3, 4, 2, proj_size=2) for package in (nn, rnnattn))
+    h, c, x, order = torch.randn(2, 5, 2), torch.randn(2, 5, 4), torch.randn(6, 5, 3), torch.tensor([1, 0, 4, 3, 2])
+    assert ours.get_expected_cell_size(x, None) == theirs.get_expected_cell_size(x, None)
+    assert all(map(torch.equal, ours.permute_hidden((h, c), order), theirs.permute_hidden((h, c), order)))
+    ours.check_forward_args(x, (h, c), None)
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size"):
+        ours.check_forward_args(x, (h, h), None)
+
+
 def test_children_of_a_module_that_asks_for_torchs_class_are_left() -> None:
     class LSTMModule(nn.Module):
         def __init__(self) -> None:

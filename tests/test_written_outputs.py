@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from cases import F64
 from tolerances import close
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 from twins import TABLE, flat, inputs, pair_of
 
 import rnnattn
@@ -102,6 +104,61 @@ def test_pooling(score: str, own_backend: str) -> None:
 def test_regularised_layers(own_backend: str) -> None:
     layer = rnnattn.LSTM(5, 6, layer_norm=True, zoneout=0.2, dtype=F64).eval()
     x = inputs(layer)
+    close(trained(layer, x, F.relu_), trained(layer, x, F.relu_, copied=True))
+
+
+def under_hooks(module: Any) -> Callable[[Tensor], Any]:
+    def call(x: Tensor) -> Any:
+        with saved_tensors_hooks(lambda t: t, lambda t: t):
+            y = F.relu_(flat(module(x))[0])
+        return y
+
+    return call
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "reentrant", "hooks", "copies", "save_on_cpu"])
+@each
+def test_what_is_kept_by_others(name: str, way: str, own_backend: str) -> None:
+    """A checkpoint and hooks on what is saved look at no versions."""
+    theirs, ours = pair_of(name)
+    contexts = {"copies": lambda: saved_tensors_hooks(torch.clone, lambda t: t), "save_on_cpu": save_on_cpu}
+    for _ in range(2):
+        x = inputs(ours).requires_grad_()
+        (want,) = torch.autograd.grad(F.relu(flat(theirs(x))[0]).square().sum(), x)
+        if way in ("checkpoint", "reentrant"):
+            y = checkpoint(lambda t: F.relu_(flat(ours(t))[0]), x, use_reentrant=way == "reentrant")
+        elif way == "hooks":
+            y = under_hooks(ours)(x)
+        else:
+            with contexts[way]():
+                y = F.relu_(flat(ours(x))[0])
+        y.square().sum().backward()
+        close(x.grad, want)
+
+
+def test_within_torch_func(own_backend: str) -> None:
+    layer, x = rnnattn.GRU(3, 4, dtype=F64), torch.randn(5, 2, 3, dtype=F64)
+    written, copied = (
+        torch.func.grad(lambda t, relu=relu: relu(layer(t)[0]).square().sum())(x) for relu in (F.relu_, F.relu)
+    )
+    close(written, copied)
+
+
+@pytest.mark.parametrize("score", ["linear", "additive"])
+@pytest.mark.parametrize("kept", ["lengths", "mask"])
+def test_pooling_of_some_steps(score: str, kept: str, own_backend: str) -> None:
+    pool, x = rnnattn.AttentionPool(6, score, dtype=F64), torch.randn(3, 5, 6, dtype=F64)
+    given = {"lengths": torch.tensor([5, 2, 0])} if kept == "lengths" else {"mask": torch.rand(3, 5) > 0.5}
+    call = pool.forward
+    pool.forward = lambda t: call(t, **given)
+    close(trained(pool, x, F.relu_), trained(pool, x, F.relu_, copied=True))
+
+
+def test_regularised_layers_in_training(own_backend: str) -> None:
+    layer = rnnattn.GRU(5, 6, zoneout=0.3, recurrent_dropout=0.4, dtype=F64)
+    x, lengths = inputs(layer), torch.tensor([4, 0, 3])
+    call = layer.forward
+    layer.forward = lambda t: call(t, lengths=lengths)
     close(trained(layer, x, F.relu_), trained(layer, x, F.relu_, copied=True))
 
 

@@ -9,39 +9,38 @@ import torch
 from torch import Tensor
 
 from rnnattn.autograd.eager import is_eager, is_last_use
-
-
-class _Output:
-    """Another tensor over the same memory, which tells by its version what was written there since."""
-
-    def __init__(self, y: Tensor) -> None:
-        self.y, self.version = y.detach(), y._version
+from rnnattn.transforms import is_transformed
 
 
 def watched(ctx: Any, y: Tensor, x: Tensor) -> Tensor | None:
-    """What `ctx.save_for_backward` is to have of the output y of a call on x: None where `ctx.output` holds it."""
-    ctx.output = None
-    if not is_eager(x) or _has_hooks():
+    """What `ctx.save_for_backward` is to have of the output y of a call on x: None where `ctx.output` holds it.
+
+    What is saved is not to change, so `ctx.output` is another tensor over the same memory, with the version that tells
+    whether it did. Who keeps what is saved in a way of his own, as a checkpoint does, has to have all of it, and looks
+    at no versions. In a compiled graph a change of y raises.
+    """
+    ctx.output, ctx.version = None, None
+    if not is_eager(x):
+        return y.clone() if is_transformed() else y
+    ctx.version = y._version
+    if _has_hooks():
         return y
-    ctx.output = _Output(y)
+    ctx.output = y.detach()
     return None
 
 
 def _has_hooks() -> bool:
-    """Whether somebody keeps what is saved in a way of his own, as a checkpoint does: he is to have all of it."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def returned(ctx: Any, saved: Tensor | None, again: Callable[[], Tensor]) -> Tensor:
     """The output as it was returned, computed again where it was written into; saved: what `watched` gave."""
-    if saved is not None:
-        return saved
-    if ctx.output is None:
+    y: Tensor | None = ctx.output if saved is None else saved
+    if y is None:
         raise RuntimeError("Trying to backward through the graph a second time")
-    y: Tensor = ctx.output.y
-    if y._version != ctx.output.version:
+    if ctx.version is not None and y._version != ctx.version:
         with torch.no_grad():
             y = again()
-    if is_last_use():
+    if ctx.output is not None and is_last_use():
         ctx.output = None
     return y

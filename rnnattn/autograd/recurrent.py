@@ -257,7 +257,7 @@ def _double_backward(ctx: Any, ddx, ddh0, ddc0, ddweights):  # type: ignore[no-u
 
 
 map_one_by_one("rnnattn::recurrent_layer_backward")
-for _key in ("CompositeImplicitAutograd", "Batched"):
+for _key in ("CompositeImplicitAutograd", "Batched", "FuncTorchBatched"):
     torch.library.impl("rnnattn::recurrent_layer_gradients", _key, _differentiable_backward)
 
 

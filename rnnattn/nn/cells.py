@@ -56,7 +56,7 @@ class _Cell(DirectCalls, Swapped, nn.RNNCellBase):
         results = self._call_directly(mode, input, hx, weights, 1, 0.0, self.bias, False, False, True)
         if results is not None:
             return results
-        if is_symbolic(input):
+        if is_symbolic(input, hx):
             return as_node(self, input, hx)
         results = self._run_checked(input, hx)
         self._remember(mode, input, self.hidden_size)

@@ -15,6 +15,12 @@ class Swapped(nn.Module):
 
     _torchs: type[nn.Module]
 
+    def _why_its_own(self) -> str | None:
+        """Why the counterpart would compute something else, or None."""
+        if "_torchs" not in vars(type(self)) or "forward" in vars(self):
+            return "a forward of its own"
+        return ", ".join(self._beyond_torch()) or None
+
     def _beyond_torch(self) -> list[str]:
         """The names of the settings that the counterpart cannot follow."""
         return []
@@ -25,12 +31,13 @@ class Swapped(nn.Module):
         Raises:
             NotImplementedError: torch.nn's module would compute something else.
         """
-        ours, theirs = type(self).__name__, f"torch.nn.{self._torchs.__name__}"
-        if self._beyond_torch():
+        own = self._why_its_own()
+        if own is not None:
             raise NotImplementedError(
-                f"torch.jit.script: expected a module that {theirs} can stand for, got one with "
-                f"{', '.join(self._beyond_torch())}; torch.jit.trace and torch.export take it"
+                f"torch.jit.script: expected a {type(self).__name__} that torch.nn's can stand for, got one with "
+                f"{own}; torch.jit.trace and torch.export take it"
             )
+        ours, theirs = type(self).__name__, f"torch.nn.{self._torchs.__name__}"
         warnings.warn(
             f"rnnattn: torch.jit.script compiles {theirs} in the place of rnnattn.{ours}, and leaves it in the model "
             "that it was given; rnnattn.swap puts ours back there",
@@ -53,14 +60,26 @@ def twin(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return new
 
 
-def is_symbolic(input: Any) -> bool:
-    """Whether torch.fx is recording the call that input is given to."""
-    return isinstance(input, torch.fx.Proxy)
+def is_symbolic(input: Any, hx: Any = None) -> bool:
+    """Whether torch.fx is recording the call that input and states are given to."""
+    given = (input, *hx) if isinstance(hx, tuple | list) else (input, hx)
+    return any(isinstance(t, torch.fx.Proxy) for t in given)
 
 
 def as_node(module: nn.Module, *arguments: Any, **settings: Any) -> Any:
-    """The result of such a call, a node as of torch.nn's modules; settings that are None or False are left out."""
+    """The result of such a call, a node as of torch.nn's modules; settings that are None or False are left out.
+
+    Raises:
+        TraceError: what else the call does was recorded already, and would be done again by the node.
+    """
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    if hooks or (isinstance(module, Swapped) and "_torchs" not in vars(type(module))):
+        what = "hooks" if hooks else "a forward of its own"
+        raise torch.fx.proxy.TraceError(
+            f"torch.fx: expected a {type(module).__name__} without {what}; make it a leaf: Tracer.is_leaf_module"
+        )
     arguments = arguments if arguments[-1] is not None else arguments[:-1]
     given = {name: value for name, value in settings.items() if value is not None and value is not False}
-    tracer = arguments[0].tracer
+    proxies = arguments[:1] + (arguments[1] if isinstance(arguments[-1], tuple | list) else arguments[1:])
+    tracer: Any = next(t for t in proxies if isinstance(t, torch.fx.Proxy)).tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, given)

@@ -38,7 +38,7 @@ def run_packed(
     module.check_input(data, batch_sizes)
     if hx is not None and order is not None:
         hx = tuple(hx[n].index_select(1, order) for n in range(len(module._names)))
-    packing = Packing(batch_sizes, len(data))
+    packing = Packing(batch_sizes, data.shape[0])
     if hx is None:
         hx = module._zero_states(data, packing.shape[1])
     else:

@@ -20,6 +20,7 @@ from rnnattn.nn.layouts import run_nested, run_packed
 from rnnattn.nn.regularised import Regularised
 from rnnattn.packing import Packing
 from rnnattn.stack import run_stack
+from rnnattn.transforms import is_recorded
 
 if TYPE_CHECKING:
     from rnnattn.nn.prepared import PreparedRecurrent
@@ -72,7 +73,7 @@ class _Recurrent(DirectCalls, Regularised):
             results = self._directly(input, hx, self.batch_first)
             if results is not None:
                 return results
-        if is_symbolic(input):
+        if is_symbolic(input, hx):
             return as_node(
                 self, input, hx, lengths=lengths, resets=resets, reset_to_initial=reset_to_initial,
                 return_cells=return_cells,
@@ -153,7 +154,8 @@ class _Recurrent(DirectCalls, Regularised):
         self, input: Tensor, h0: Tensor, c0: Tensor | None, batch_first: bool, lengths: Lengths | Packing,
         resets: Tensor | None, reset_to_initial: bool, return_cells: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        if lengths is not None and self._direct is not None and self._may_be_direct(resets, return_cells):
+        may_be_direct = lengths is not None and not is_recorded() and self._direct is not None
+        if may_be_direct and self._may_be_direct(resets, return_cells):
             x = input.transpose(0, 1) if batch_first and input.dim() == 3 else input
             _, _, checked = checked_steps(self._kind.lower(), x, lengths)
             results = self._directly(input, h0 if c0 is None else (h0, c0), batch_first, checked)
