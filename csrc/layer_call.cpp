@@ -34,9 +34,9 @@ bool are_of_one_stack(at::TensorList weights, size_t layers, size_t directions, 
 }
 
 // What the module returns. None where a check is due, or anything out of the ordinary: the caller then goes the long way.
-PyObject* call_layer(PyObject* input, PyObject* h, PyObject* c, PyObject* lengths, const pybind11::list& given_weights, PyObject* given_dtype,
-                     const std::string& mode_name, int64_t layers, PyObject* given_dropout, bool has_biases, bool bidirectional,
-                     bool batch_first, bool is_cell) {
+PyObject* call_layer(PyObject* input, PyObject* h, PyObject* c, PyObject* lengths, const pybind11::list& given_weights,
+                     PyObject* given_dtype, const std::string& mode_name, int64_t layers, PyObject* given_dropout, bool has_biases,
+                     bool bidirectional, bool batch_first, bool is_cell) {
   const double dropout = PyFloat_AsDouble(given_dropout);
   if (PyErr_Occurred()) PyErr_Clear();
   if (!(dropout >= 0 && dropout <= 1)) Py_RETURN_NONE;  // -1 is an error's
@@ -62,7 +62,8 @@ PyObject* call_layer(PyObject* input, PyObject* h, PyObject* c, PyObject* length
     pybind11::gil_scoped_release others_run;
     c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     RECORD_FUNCTION("rnnattn_native::recurrent_layer", std::vector<c10::IValue>{});
-    std::tie(y, h_n, c_n) = differentiable_stack(*arguments, weights, layers, dropout, {module.layout, mode_name, has_biases, bidirectional, arguments->lengths});
+    const LayerSettings settings{module.layout, mode_name, has_biases, bidirectional, arguments->lengths};
+    std::tie(y, h_n, c_n) = differentiable_stack(*arguments, weights, layers, dropout, settings);
   }
   return call_results(module, arguments->unbatched, std::move(y), std::move(h_n), std::move(c_n));
 }
@@ -71,12 +72,12 @@ PyObject* call_layer(PyObject* input, PyObject* h, PyObject* c, PyObject* length
 
 void bind_layer_call(pybind11::module_& m) {
   m.def("call_layer",
-        [](pybind11::handle input, pybind11::handle h, pybind11::handle c, pybind11::handle lengths, const pybind11::list& weights, pybind11::handle dtype,
-           const std::string& mode, int64_t layers, pybind11::handle dropout, bool has_biases, bool bidirectional, bool batch_first,
-           bool is_cell) {
-          return pybind11::reinterpret_steal<pybind11::object>(
-              call_layer(input.ptr(), h.ptr(), c.ptr(), lengths.ptr(), weights, dtype.ptr(), mode, layers, dropout.ptr(), has_biases, bidirectional, batch_first,
-                         is_cell));
+        [](pybind11::handle input, pybind11::handle h, pybind11::handle c, pybind11::handle lengths, const pybind11::list& weights,
+           pybind11::handle dtype, const std::string& mode, int64_t layers, pybind11::handle dropout, bool has_biases, bool bidirectional,
+           bool batch_first, bool is_cell) {
+          return pybind11::reinterpret_steal<pybind11::object>(call_layer(input.ptr(), h.ptr(), c.ptr(), lengths.ptr(), weights, dtype.ptr(),
+                                                                          mode, layers, dropout.ptr(), has_biases, bidirectional,
+                                                                          batch_first, is_cell));
         },
         "A module's arguments, and weights of that dtype, to its results, or None.");
 }

@@ -43,8 +43,8 @@ Gradients dispatched_backward(const OptionalTensor& dy, const OptionalTensor& dh
                 const Tensor&, bool, std::string_view, std::string_view, bool, bool, std::string_view);
   static const auto run =
       c10::Dispatcher::singleton().findSchemaOrThrow("rnnattn::recurrent_layer_gradients", "").typed<Operator>();
-  return run.call(dy, dh_n, dc_n, {}, x, h0, c0, weights, optional(s.lengths), {}, false, y, gates, cells, s.has_biases, direction(s.bidirectional),
-                  s.mode, wanted.dx, wanted.dweights, "cpp");
+  return run.call(dy, dh_n, dc_n, {}, x, h0, c0, weights, optional(s.lengths), {}, false, y, gates, cells, s.has_biases,
+                  direction(s.bidirectional), s.mode, wanted.dx, wanted.dweights, "cpp");
 }
 
 class RecurrentLayer : public torch::autograd::Function<RecurrentLayer> {
