@@ -296,6 +296,7 @@ def rank(number: int, store: str, models: list[Tagger], x: Tensor, want: list[li
         close(trained(DistributedDataParallel(own, **options), x[:, :, 2 * number :][:, :, :2]), expected)
     torch.distributed.barrier()  # none leaves while the other still hears from it
     torch.distributed.destroy_process_group()
+    os._exit(0)  # a process that ends by itself was seen to abort, rarely, in a thread of torch's that was still there
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not available")
