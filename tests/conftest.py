@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it in deterministic mode
 
 from cases import OWN, backend_parameters
+from direct_layers import taken  # noqa: F401 (a fixture)
 from emulated_cuda import emulated, library  # noqa: F401 (fixtures)
 from quick_interpreter import patched_once_a_launch
 

@@ -1,7 +1,8 @@
 """What programs do with modules: processes, threads, modes, wrappers, hooks, quantization, several ranks.
 
 Elsewhere: what is done to their weights (test_changed_weights), what direct calls leave to the long way
-(test_direct_calls), the engine's threads and processes (test_threads), torch.func (test_torch_func), swap.
+(test_direct_calls, test_direct_forms), the engine's threads and processes (test_threads), torch.func
+(test_torch_func), swap.
 """
 
 from __future__ import annotations
