@@ -72,9 +72,7 @@ def _replace(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) ->
         if kind in table and (reason := _why_kept(model, name, module, table[kind])):
             reasons[module] = reason
     for name, module, kind in found:
-        if kind in table and isinstance(module, Swapped) and module._beyond_torch():
-            report.left[name] = f"torch's {kind.__name__} knows no {', '.join(module._beyond_torch())}"
-        elif module in reasons:
+        if module in reasons:
             report.left[name] = reasons[module]
         elif kind in table:
             if name:
@@ -89,6 +87,8 @@ def _replace(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) ->
 
 def _why_kept(model: nn.Module, name: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
     """What in the module or around it is for its present class alone, or would be something else in that kind."""
+    if isinstance(module, Swapped) and module._beyond_torch():
+        return f"torch's {kind.__name__} knows no {', '.join(module._beyond_torch())}"
     if "forward" in vars(module):
         return "its forward was replaced, by a hook of another package or by hand"
     for attribute in vars(module):

@@ -15,11 +15,9 @@ class Swapped(nn.Module):
 
     _torchs: type[nn.Module]
 
-    def _why_its_own(self) -> str | None:
-        """Why the counterpart would compute something else, or None."""
-        if "_torchs" not in vars(type(self)) or "forward" in vars(self):
-            return "a forward of its own"
-        return ", ".join(self._beyond_torch()) or None
+    def _is_derived(self) -> bool:
+        """Whether its class is none of ours, but derived from one."""
+        return "_torchs" not in vars(type(self))
 
     def _beyond_torch(self) -> list[str]:
         """The names of the settings that the counterpart cannot follow."""
@@ -31,8 +29,9 @@ class Swapped(nn.Module):
         Raises:
             NotImplementedError: torch.nn's module would compute something else.
         """
-        own = self._why_its_own()
-        if own is not None:
+        own_forward = self._is_derived() or "forward" in vars(self)
+        own = "a forward of its own" if own_forward else ", ".join(self._beyond_torch())
+        if own:
             raise NotImplementedError(
                 f"torch.jit.script: expected a {type(self).__name__} that torch.nn's can stand for, got one with "
                 f"{own}; torch.jit.trace and torch.export take it"
@@ -73,7 +72,7 @@ def as_node(module: nn.Module, *arguments: Any, **settings: Any) -> Any:
         TraceError: what else the call does was recorded already, and would be done again by the node.
     """
     hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooks or (isinstance(module, Swapped) and "_torchs" not in vars(type(module))):
+    if hooks or (isinstance(module, Swapped) and module._is_derived()):
         what = "hooks" if hooks else "a forward of its own"
         raise torch.fx.proxy.TraceError(
             f"torch.fx: expected a {type(module).__name__} without {what}; make it a leaf: Tracer.is_leaf_module"
